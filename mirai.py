@@ -1,0 +1,3566 @@
+#!/usr/bin/env python3
+r"""mirai: evaluate Python asynchronously in other processes, from one file and the standard library.
+
+    >>> from mirai import daemons, mirai
+    >>> with daemons(2):
+    ...     m = mirai(lambda x: x + 1, 41)
+    ...     m.result()
+    42
+
+`mirai(f, *args, **kwargs)` returns a future at once; `f` runs in a *daemon*, a background process.
+`daemons(n)` sets persistent daemons; without them each call gets a process of its own.
+The R package mirai, carried over: the names are R's, the futures are Python's.
+
+    host process                       dispatcher process              daemon process
+    mirai(f) -> Task -> Serializer -> Message ->| shell: sockets |-> Message -> Serializer -> evaluate
+                                                | core: events   |                               |
+    Mirai <- Outcome <- Serializer <- Message <-|  into effects  |<- Message <- Serializer <- Outcome
+         \                                              |                              /
+          `--- control pipe --- nursery process: parent of every dispatcher and local daemon
+
+host        the process that calls `mirai()`
+daemon      a process that evaluates tasks, one at a time
+dispatcher  a background process between the two, which owns the queue; it alone listens
+nursery     a helper of the host that forks dispatchers and local daemons, and ends them with the host
+profile     an independent set of daemons, by name
+mirai       a future for one task
+link        the host's end of its connection to one dispatcher
+
+Contents (a section knows those above it, never one below):
+
+    Part I, pure
+     1. Constants: limits and times, each with its reason
+     2. Errors: what a task can come back as
+     3. Wire: frames, and nothing of what is in them
+     4. Serializer: objects to bytes and back
+     5. Task and outcome: the one place where user code is called
+     6. Dispatcher core: events in, effects out
+    Part II, moving bytes
+     7. Transport: URLs, the handshake, connections
+     8. Dispatcher shell: sockets around the core
+     9. Daemon: dial, evaluate, reply
+    10. Nursery: the parent of dispatchers and local daemons
+    Part III, what users call
+    11. Mirai: the future
+    12. Link: the host's end of the wire
+    13. Profiles: daemons, status, the current profile
+    14. mirai, map, collect: the verbs
+    15. Command line: daemon, demo
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import collections.abc
+import concurrent.futures
+import contextlib
+import contextvars
+import errno
+import functools
+import gc
+import heapq
+import hmac
+import importlib
+import io
+import itertools
+import json
+import marshal
+import math
+import mmap
+import os
+import pickle
+import select
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import weakref
+from collections import deque
+from concurrent.futures import _base as _futures
+
+TYPE_CHECKING = False       # typing takes longer to import than all of this file; checkers read the name alone
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from typing import Any, NoReturn
+
+    FutureOfAny = concurrent.futures.Future[Any]
+else:
+    FutureOfAny = concurrent.futures.Future
+
+__version__ = "0.1.0"
+__all__ = [
+    "ErrorValue", "LaunchError", "Mirai", "MiraiCancelled", "MiraiConnectionReset", "MiraiError", "MiraiInterrupt",
+    "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "collect_mirai", "daemon", "daemons", "daemons_set",
+    "dumps", "info", "is_error_value", "is_mirai", "is_mirai_error", "is_mirai_interrupt", "is_mirai_map",
+    "launch_local", "loads", "local_daemons", "local_url", "mirai", "mirai_map", "on_daemon", "race_mirai",
+    "require_daemons", "status", "stop_mirai", "unresolved", "with_daemons",
+]
+
+
+# ======================================================================
+# 1. Constants: limits and times, each with its reason
+# ======================================================================
+# Knows:  nothing.
+# Never:  anything else.
+
+WIRE_VERSION = 1
+READ_SIZE = 65536           # recv() of more than this costs three times as much on small frames: malloc maps it
+READ_LARGE = 1 << 20        # what a large frame is read in: fewer system calls, once the rest is known to come
+STRANGER_LIMIT = 4096       # bytes in a frame before the peer has proven itself: a hello needs a few hundred
+STRANGERS = 128             # unproven connections at once; one more and the oldest goes: they cost a descriptor each
+HANDSHAKE_TIME = 10.0       # a loaded machine needs a second or two; more only helps those who hold connections open
+DIAL_TIME = 10.0
+GRACE = 0.2                 # what a daemon whose connection ended may still take before it is killed; R's figure
+CLOSE_TIME = 5.0            # for what should take milliseconds; where it does not, something is broken and said to be
+START_TIME = 60.0           # for the nursery and the first dispatcher, on a machine that swaps
+MAX_FAILED_STARTS = 5       # launches that end in a row before one is ready: after so many it is not bad luck (crew's)
+DOZE = 0.005                # the link's own thread leaves the reading to a waiter that was there so recently
+COUNTS_EVERY = 0.02         # how stale `status()` may be: less costs a frame per task
+LAST_WORDS = 4096           # the tail of a daemon's stderr that is kept to explain its end
+EPHEMERAL_PER_CPU = 4       # processes at once without daemons set: more would only swap
+CACHED_CODES = 4096         # code objects whose bytes are remembered, on either side
+SLOT_WORDS = 2              # words of the shared page per local daemon: which task to interrupt, which has begun
+SLOTS = 65536               # local daemons a dispatcher can have in its lifetime at once; untouched pages cost nothing
+
+
+# ======================================================================
+# 2. Errors: what a task can come back as
+# ======================================================================
+# Knows:  texts and codes (R's).
+# Never:  sockets, tasks, processes.
+
+
+class _Unresolved:
+    """The type of `UNRESOLVED`, what `.data` is until a mirai resolves: one object, falsy."""
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "<unresolved>"
+
+    def __reduce__(self) -> str:
+        return "UNRESOLVED"
+
+
+UNRESOLVED = _Unresolved()
+
+
+class ErrorValue(Exception):
+    """What a task comes back as where it does not come back with a value. `code` is R mirai's."""
+
+    code = 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.code}: {self}>"
+
+
+class MiraiError(ErrorValue):
+    """The evaluation failed on the daemon.
+
+    `condition_class`: names of the original's classes, most derived first. `stack_trace`: the daemon's
+    traceback, a text. `original`: the exception itself where it could be rebuilt here, else None. The
+    original's attributes are in `attributes`, and can be read as attributes of this error.
+    """
+
+    code = 1000
+
+    def __init__(self, message: str = "", condition_class: Sequence[str] = (), stack_trace: str = "",
+                 attributes: Mapping[str, Any] | None = None, original: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.condition_class = tuple(condition_class)
+        self.stack_trace = stack_trace
+        self.attributes = dict(attributes or {})
+        self.original = original
+
+    def __getattr__(self, name: str) -> Any:
+        attributes = self.__dict__.get("attributes", {})
+        if name in attributes:
+            return attributes[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __str__(self) -> str:
+        """The message, and the daemon's traceback below it, as a chained exception would show it."""
+        message = str(self.args[0]) if self.args else ""
+        return f"{message}\n\n{self.stack_trace.rstrip()}" if self.stack_trace else message
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.code}: {self.args[0] if self.args else ''}>"
+
+
+class MiraiInterrupt(MiraiError):
+    """The evaluation was interrupted on the daemon: by itself, or by a signal that was no cancellation."""
+
+    code = 1
+
+
+if concurrent.futures.TimeoutError is TimeoutError:
+    class MiraiTimeout(ErrorValue, TimeoutError):
+        """The mirai's `_timeout` passed before it resolved."""
+
+        code = 5
+else:
+    class MiraiTimeout(ErrorValue, concurrent.futures.TimeoutError, TimeoutError):  # type: ignore[no-redef]
+        """The mirai's `_timeout` passed before it resolved."""
+
+        code = 5
+
+
+class MiraiConnectionReset(ErrorValue, ConnectionResetError):
+    """The process that had the task ended first: says which, how it ended, and its last words on stderr."""
+
+    code = 19
+
+
+class LaunchError(MiraiConnectionReset):
+    """Daemons could not be started; the text has what the last of them said."""
+
+
+class MiraiCancelled(ErrorValue, concurrent.futures.CancelledError):
+    """The mirai was cancelled with `stop_mirai()` or `cancel()`."""
+
+    code = 20
+
+
+class ProtocolError(Exception):
+    """The other side of a connection said what it must not say: it is at fault, and the connection ends."""
+
+
+class Refused(ProtocolError):
+    """A connection was refused, by us or by the peer; the text says why."""
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Raised in a daemon's task that was cancelled; a KeyboardInterrupt, so that the task's own code and
+    asyncio loops treat it as one."""
+
+
+def describe_exit(status: int) -> str:
+    """How a process ended, from its `returncode`-like status: negative is a signal."""
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+def describe_loss(who: str, how: str, words: str = "") -> str:
+    words = words.strip()
+    return f"{who} {how}" + (f"; its last words:\n{words}" if words else "")
+
+
+# ======================================================================
+# 3. Wire: frames, and nothing of what is in them
+# ======================================================================
+# Knows:  the header, limits.
+# Never:  tasks, pickle, sockets.
+# Rule:   every message has a kind; nothing is told from a payload's shape.
+
+
+class Kind:
+    """What a message says; who may say it is in each section that handles it."""
+
+    # handshake, JSON
+    HELLO, CHALLENGE, PROOF, WELCOME, REFUSED = 1, 2, 3, 4, 5
+    # host -> dispatcher -> daemon
+    TASK = 10               # id, flags: retries left; payload: a serialized task
+    CANCEL = 11             # id
+    LAUNCH = 12             # host -> dispatcher: flags 0; payload JSON {n, spec}
+    # daemon -> dispatcher -> host
+    RESULT = 20             # id; payload: a serialized outcome
+    LEAVE = 21              # daemon -> dispatcher: flags: why; id: the task whose result still follows, or 0
+    LOST = 22               # dispatcher -> host: id; payload JSON {launch, text}
+    COUNTS = 23             # dispatcher -> host: payload struct COUNTS
+    NO_LAUNCH = 24          # dispatcher -> host: payload JSON {text}: launching has stopped
+    # host, dispatcher <-> nursery, JSON; id: the job
+    START = 30              # host -> nursery: a dispatcher
+    LISTENING = 31          # dispatcher -> nursery -> host
+    FORK = 32               # dispatcher -> nursery: daemons {slots, spec}
+    SIGNAL = 33             # dispatcher -> nursery: {slot, pid, signal}
+    ENDED = 34              # nursery -> dispatcher, host: {slot, pid, status, words}
+
+
+HEADER = struct.Struct("<QBBHQ")    # payload length, wire version, kind, flags, id
+COUNTS = struct.Struct("<QQQQQ")    # connections, cumulative, awaiting, executing, completed
+
+
+class Message(collections.namedtuple("Message", ("kind", "id", "flags", "payload"))):
+    """One frame, decoded."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<Message kind={self.kind} id={self.id} flags={self.flags} bytes={len(self.payload)}>"
+
+
+def encode(kind: int, id: int = 0, payload: bytes = b"", flags: int = 0) -> bytes:
+    return HEADER.pack(len(payload), WIRE_VERSION, kind, flags, id) + payload
+
+
+def encode_json(kind: int, content: Any, id: int = 0) -> bytes:
+    return encode(kind, id, json.dumps(content).encode())
+
+
+def decode_json(message: Message) -> dict[str, Any]:
+    """The payload of a control message; ProtocolError where it is not a JSON object."""
+    try:
+        content = json.loads(message.payload)
+    except ValueError as error:
+        raise ProtocolError(f"{message!r} does not hold JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ProtocolError(f"{message!r} does not hold a JSON object")
+    return content
+
+
+class Decoder:
+    """Bytes in, messages out: `feed()` what arrived, then iterate over what is complete.
+
+    A message counts as taken only when the next one is asked for: whoever is interrupted while handling one
+    gets it again, and loses none. The state changes in single assignments for the same reason, and bytes are
+    only ever appended to `chunks`, which a C call may do by itself: a Ctrl-C falls between such steps.
+    """
+
+    __slots__ = ("limit", "_state")
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self._state: tuple[bytes, int, list[bytes], int] = (b"", 0, [], 0)   # buffer, offset, chunks, bytes missing
+
+    @property
+    def chunks(self) -> list[bytes]:
+        """Where received bytes are appended."""
+        return self._state[2]
+
+    def feed(self, data: bytes) -> None:
+        self._state[2].append(data)
+
+    def missing(self) -> int:
+        """Bytes that the message now arriving still lacks, as far as is known: how much to read."""
+        _, _, chunks, missing = self._state
+        return missing - sum(map(len, chunks)) if missing else 0
+
+    def pop(self) -> Message | None:
+        """Takes one message; None where none is complete."""
+        for message in self:
+            buffer, at, chunks, _ = self._state
+            self._state = (buffer, at + HEADER.size + len(message.payload), chunks, 0)
+            return message
+        return None
+
+    def _gather(self) -> bool:
+        """Joins what has arrived, unless a large frame is still too short to be worth the copy."""
+        buffer, at, chunks, missing = self._state
+        if not chunks or (missing > READ_LARGE and sum(map(len, chunks)) < missing):
+            return False
+        if at == len(buffer) and len(chunks) == 1:
+            self._state = (chunks[0], 0, [], 0)
+        else:
+            self._state = (b"".join([buffer[at:], *chunks]), 0, [], 0)
+        return True
+
+    def __iter__(self) -> Iterator[Message]:
+        """Raises ProtocolError on another version's frames, or (before the body is there) on too long ones."""
+        while True:
+            buffer, at, chunks, _ = self._state
+            start = at + HEADER.size
+            if start <= len(buffer):
+                length, version, kind, flags, id = HEADER.unpack_from(buffer, at)
+                if version != WIRE_VERSION:
+                    raise ProtocolError(f"wire version {version} met {WIRE_VERSION}: not mirai, or another version of it")
+                if self.limit is not None and length > self.limit:
+                    raise ProtocolError(f"a frame of {length} bytes where at most {self.limit} are allowed")
+                end = start + length
+                if end <= len(buffer):
+                    yield Message(kind, id, flags, buffer[start:end])
+                    self._state = (buffer, end, chunks, 0)
+                    continue
+                self._state = (buffer, at, chunks, end - len(buffer))
+            if not self._gather():
+                return
+
+
+# ======================================================================
+# 4. Serializer: objects to bytes and back
+# ======================================================================
+# Knows:  pickle, code objects, modules.
+# Never:  messages, daemons.
+# Rule:   what the other side can import goes by name, all else by value: code, cells, and the globals it reads.
+
+_code_of: dict[int, tuple[types.CodeType, bytes, tuple[str, ...]]] = {}     # id(code) -> code, its bytes, globals it names
+_codes: dict[bytes, types.CodeType] = {}                                    # bytes -> code, where functions are rebuilt
+_namespaces: dict[str, dict[str, Any]] = {}                                 # module -> what its by-value functions share
+_class_tokens: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
+_classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+_GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"))
+
+
+def dumps(obj: Any) -> bytes:
+    """Serializes `obj`: pickle, and by value the functions and classes that another process cannot import.
+
+    Raises pickle.PicklingError that names the path to the culprit where something can't be serialized, and
+    whatever an object's own pickling method raises.
+    """
+    stream = io.BytesIO()
+    _Pickler(stream, 5).dump(obj)
+    return stream.getvalue()
+
+
+def loads(data: bytes) -> Any:
+    """The object that `dumps()` made `data` of. Unpickling runs code: only for bytes of a trusted origin."""
+    return pickle.loads(data)
+
+
+def _by_reference(obj: Any, name: str) -> bool:
+    """Whether importing `obj.__module__` and looking up `name` gives `obj`, here and so elsewhere."""
+    module = getattr(obj, "__module__", None)
+    if module is None or module == "__main__" or module in _namespaces:
+        return False
+    found: Any = sys.modules.get(module)
+    if found is None or getattr(found, "__spec__", None) is None and module != "builtins":
+        return False
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is obj
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is types.FunctionType:
+            return NotImplemented if _by_reference(obj, obj.__qualname__) else _reduce_function(obj)
+        if kind is types.ModuleType:
+            return importlib.import_module, (obj.__name__,)
+        if kind is types.CellType:
+            return _make_cell, (), (obj.cell_contents,) if _is_filled(obj) else None, None, None, _fill_cell
+        if issubclass(kind, type) and not _by_reference(obj, obj.__qualname__):
+            return _reduce_class(obj)
+        return NotImplemented
+
+
+def _describe_code(code: types.CodeType) -> tuple[types.CodeType, bytes, tuple[str, ...]]:
+    """A code object's bytes and the globals that it and the code nested in it name; worked out once."""
+    known = _code_of.get(id(code))
+    if known is None:
+        import dis
+        names: dict[str, None] = {}
+        todo = [code]
+        while todo:
+            each = todo.pop()
+            names.update((i.argval, None) for i in dis.get_instructions(each) if i.opname in _GLOBAL_OPS)
+            todo.extend(c for c in each.co_consts if isinstance(c, types.CodeType))
+        if len(_code_of) >= CACHED_CODES:
+            _code_of.clear()
+        known = _code_of[id(code)] = (code, marshal.dumps(code), tuple(names))   # holds the code: its id stays its own
+    return known
+
+
+def _reduce_function(f: types.FunctionType) -> tuple[Any, ...]:
+    _, code, names = _describe_code(f.__code__)
+    scope = f.__globals__
+    state = (f.__name__, f.__qualname__, f.__defaults__, f.__kwdefaults__, f.__annotations__ or None, f.__doc__,
+             f.__dict__ or None, {n: scope[n] for n in names if n in scope}, f.__closure__)
+    origin = (code, sys.implementation.cache_tag, f.__module__, len(f.__closure__ or ()))
+    return _make_function, origin, state, None, None, _fill_function
+
+
+def _make_function(code: bytes, tag: str, module: str, ncells: int) -> types.FunctionType:
+    if tag != sys.implementation.cache_tag:
+        raise pickle.UnpicklingError(f"a function that was compiled by {tag} can't run on {sys.implementation.cache_tag}: "
+                                     "use the same Python version on both sides, or put the function in a module "
+                                     "that both can import")
+    known = _codes.get(code)
+    if known is None:
+        if len(_codes) >= CACHED_CODES:
+            _codes.clear()
+        known = _codes[code] = marshal.loads(code)
+    return types.FunctionType(known, _namespace(module), None, None, tuple(types.CellType() for _ in range(ncells)))
+
+
+def _fill_function(f: types.FunctionType, state: tuple[Any, ...]) -> None:
+    name, qualname, defaults, kwdefaults, annotations, doc, attributes, scope, cells = state
+    f.__name__, f.__qualname__, f.__defaults__, f.__kwdefaults__, f.__doc__ = name, qualname, defaults, kwdefaults, doc
+    f.__globals__.update(scope)
+    f.__module__ = f.__globals__["__name__"]
+    if annotations:
+        f.__annotations__ = annotations
+    if attributes:
+        f.__dict__.update(attributes)
+    for mine, sent in zip(f.__closure__ or (), cells or ()):
+        if _is_filled(sent):
+            mine.cell_contents = sent.cell_contents
+
+
+def _namespace(module: str) -> dict[str, Any]:
+    """The globals that the by-value functions of one module share in this process."""
+    scope = _namespaces.get(module)
+    if scope is None:
+        scope = _namespaces[module] = {"__name__": module, "__builtins__": __builtins__}
+    return scope
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _make_cell() -> types.CellType:
+    return types.CellType()
+
+
+def _fill_cell(cell: types.CellType, state: tuple[Any, ...]) -> None:
+    cell.cell_contents = state[0]
+
+
+def _reduce_class(cls: type) -> tuple[Any, ...]:
+    token = _class_tokens.get(cls)
+    if token is None:
+        token = _class_tokens[cls] = os.urandom(16).hex()
+        _classes[token] = cls
+    body = {name: value for name, value in vars(cls).items()
+            if name not in ("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__")
+            and not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))}
+    head = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    if "__slots__" in vars(cls):
+        head["__slots__"] = vars(cls)["__slots__"]
+    return _make_class, (token, type(cls), cls.__name__, cls.__bases__, head), body, None, None, _fill_class
+
+
+def _make_class(token: str, meta: type, name: str, bases: tuple[type, ...], head: dict[str, Any]) -> type:
+    cls = _classes.get(token)
+    if cls is None:
+        cls = types.new_class(name, bases, {"metaclass": meta}, lambda scope: scope.update(head))
+        _classes[token] = cls
+        _class_tokens[cls] = token
+        _unfilled.add(cls)
+    return cls
+
+
+_unfilled: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _fill_class(cls: type, body: dict[str, Any]) -> None:
+    if cls in _unfilled:            # known from an earlier message, or our own come home: what it has is newer
+        _unfilled.discard(cls)
+        for name, value in body.items():
+            setattr(cls, name, value)
+
+
+def explain_unserializable(obj: Any, root: str, error: BaseException) -> str:
+    """The path from `root` to the part of `obj` that can't be serialized, and why, as `args[1].lock: …`."""
+    path, seen = root, set()
+    while id(obj) not in seen:
+        seen.add(id(obj))
+        for step, part in _parts(obj):
+            try:
+                dumps(part)
+            except Exception as deeper:
+                path, obj, error = path + step, part, deeper
+                break
+    return f"{path}: {error}"
+
+
+def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
+    """What an object is made of, each with how one would write it."""
+    if isinstance(obj, dict):
+        for key, value in obj.items():
+            yield f"[{key!r}]", value
+    elif isinstance(obj, (list, tuple)):
+        for i, value in enumerate(obj):
+            yield f"[{i}]", value
+    elif isinstance(obj, (set, frozenset)):
+        for value in obj:
+            yield "{…}", value
+    elif isinstance(obj, types.FunctionType):
+        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or ()):
+            if _is_filled(cell):
+                yield f" (closes over {name})", cell.cell_contents
+        for name in _describe_code(obj.__code__)[2]:
+            if name in obj.__globals__:
+                yield f" (reads global {name})", obj.__globals__[name]
+    elif not isinstance(obj, type):
+        for name, value in getattr(obj, "__dict__", {}).items():
+            yield f".{name}", value
+
+
+# ======================================================================
+# 5. Task and outcome: the one place where user code is called
+# ======================================================================
+# Knows:  callables, source text, exceptions.
+# Never:  ids, sockets, who asked.
+
+_sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
+
+
+def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any],
+              path: list[str] | None) -> bytes:
+    """A task as bytes. `path`: the host's sys.path, where it differs from the daemon's.
+
+    Raises TypeError where something can't be serialized, with the path to it.
+    """
+    try:
+        return dumps((f, args, kwargs, path))
+    except Exception as error:
+        for root, part in (("f", f), ("args", args), ("kwargs", kwargs)):
+            try:
+                dumps(part)
+            except Exception as why:
+                where = explain_unserializable(part, root, why)
+                raise TypeError(f"can't send the task to a daemon: {where}") from error
+        raise
+
+
+def check_source(source: str) -> None:
+    """SyntaxError where `source` is no Python."""
+    compile(source, "<mirai>", "exec", dont_inherit=True)
+
+
+def evaluate(payload: bytes) -> bytes:
+    """Runs a task and gives its outcome. Everything that user code can raise, `_Interrupted` and SystemExit
+    included, is an outcome; an interrupt may still come out of here while the outcome is being made."""
+    try:
+        f, args, kwargs, path = loads(payload)
+        if path is not None:
+            sys.path[:] = path
+        value = _run_source(f, kwargs) if isinstance(f, str) else f(*args, **kwargs)
+    except BaseException as error:
+        return dump_failure(error)
+    return _dump_value(value)
+
+
+def _dump_value(value: Any) -> bytes:
+    try:
+        return dumps((True, value))
+    except BaseException as error:
+        if isinstance(error, Exception):
+            where = explain_unserializable(value, "result", error)
+            error = TypeError(f"the result can't be sent back: {where}").with_traceback(error.__traceback__)
+        return dump_failure(error)
+
+
+def _compile_source(source: str) -> tuple[types.CodeType, types.CodeType | None]:
+    """Source text as statements and, where it ends in an expression, that expression."""
+    compiled = _sources.get(source)
+    if compiled is None:
+        import ast
+        import linecache
+        name = f"<mirai {len(_sources)}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)      # for tracebacks
+        tree = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        last = None
+        if tree.body and isinstance(tree.body[-1], ast.Expr):
+            last = compile(ast.Expression(tree.body.pop().value), name, "eval", dont_inherit=True)
+        compiled = compile(tree, name, "exec", dont_inherit=True), last
+        if len(_sources) >= CACHED_CODES:
+            _sources.clear()
+        _sources[source] = compiled
+    return compiled
+
+
+def _run_source(source: str, names: dict[str, Any]) -> Any:
+    statements, last = _compile_source(source)
+    scope = dict(_namespace("__main__"))
+    scope.update(names)
+    exec(statements, scope)
+    return None if last is None else eval(last, scope)
+
+
+def _class_names(cls: type) -> list[str]:
+    return [c.__qualname__ if c.__module__ == "builtins" else f"{c.__module__}.{c.__qualname__}"
+            for c in cls.__mro__ if c is not object]
+
+
+def _trace_text(error: BaseException) -> str:
+    """The traceback as Python would print it, without this file's own frames at its head."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, trace))
+    except Exception as why:
+        return f"{type(error).__qualname__} (its traceback can't be shown: {type(why).__name__})\n"
+
+
+def dump_failure(error: BaseException) -> bytes:
+    """An exception as an outcome: texts that always arrive, and what of the original can be serialized."""
+    try:
+        message = f"{type(error).__qualname__}: {error}"
+    except Exception:
+        message = f"{type(error).__qualname__} (its text can't be shown)"
+    attributes = {}
+    for name, value in getattr(error, "__dict__", {}).items():
+        with contextlib.suppress(Exception):
+            attributes[name] = dumps(value)
+    try:
+        original = dumps(error) if isinstance(error, Exception) else None
+    except Exception:
+        original = None     # its class or its contents can't travel: the texts say what it was
+    return dumps((False, (message, _class_names(type(error)), _trace_text(error), attributes, original,
+                          isinstance(error, KeyboardInterrupt))))
+
+
+def load_outcome(payload: bytes) -> tuple[Any, bool]:
+    """The value of an outcome and True, or its error value and False. Whatever goes wrong in rebuilding it
+    is an error value too, save a KeyboardInterrupt: that is the user's, who is waiting here."""
+    try:
+        success, content = loads(payload)
+        return (content, True) if success else (_load_failure(*content), False)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        message = f"the outcome can't be rebuilt here: {type(error).__qualname__}: {error}"
+        return MiraiError(message, _class_names(type(error)), _trace_text(error)), False
+
+
+def _load_failure(message: str, classes: list[str], trace: str, attributes: dict[str, bytes],
+                  original: bytes | None, interrupted: bool) -> MiraiError:
+    kept, rebuilt = {}, None
+    for name, value in attributes.items():
+        with contextlib.suppress(Exception):
+            kept[name] = loads(value)
+    if original is not None:
+        with contextlib.suppress(Exception):
+            rebuilt = loads(original)
+    if not isinstance(rebuilt, Exception) or isinstance(rebuilt, StopIteration):
+        rebuilt = None      # a StopIteration would end the generator or coroutine that waits, in silence
+    return (MiraiInterrupt if interrupted else MiraiError)(message, classes, trace, kept, rebuilt)
+
+
+# ======================================================================
+# 6. Dispatcher core: events in, effects out
+# ======================================================================
+# Knows:  task ids, daemon ids, slots of local daemons, states.       R: nanonext src/dispatcher.c
+# Never:  payloads, sockets, the clock.       Thread: any, one at a time.
+#
+# Rule 1. A task goes awaiting -> executing -> completed, and each ends in one Resolve, or was cancelled by the
+#         host, which has resolved it already.
+# Rule 2. Strict FIFO: the oldest awaiting task goes to the next idle daemon; no daemon idles beside a queue.
+#         A task put back (its daemon ended before it began, or it has retries left) goes to the head.
+# Rule 3. A daemon has one task at a time, and stays busy until it answers, cancelled or not.
+# Rule 4. A slot is a local daemon that should be: off -> launching -> ready -> (ended) launching, or resting.
+#         A resting slot is launched when tasks wait that no coming daemon will take.
+# Rule 5. MAX_FAILED_STARTS launches that end in a row before they are ready (or before they begin the first task
+#         they are given) stop the launching, until asked anew.
+
+Assign = collections.namedtuple("Assign", "daemon task")        # send the task there
+Interrupt = collections.namedtuple("Interrupt", "daemon task")  # tell the daemon to drop what it runs, if it is that
+Resolve = collections.namedtuple("Resolve", "task how")         # how: RESULT (the daemon's), RESET, LAUNCH
+Launch = collections.namedtuple("Launch", "slot")               # start a local daemon
+StopLaunching = collections.namedtuple("StopLaunching", "")     # tell the host that it was given up
+Drop = collections.namedtuple("Drop", "daemon why")             # end a connection whose peer is at fault
+
+RESULT, RESET, LAUNCH = "result", "reset", "launch"
+IDLE, BUSY, LEAVING = "idle", "busy", "leaving"
+LAUNCHING, READY, RESTING = "launching", "ready", "resting"
+DIED, IDLETIME, WALLTIME, MAXTASKS = 0, 1, 2, 3     # why a daemon ended; also `daemon()`'s value and exit status
+
+IGNORE = "ignore"       # a late event: allowed, without effect
+FAULT = "fault"         # the daemon is wrong, and is dropped
+
+# A daemon's state and what it said -> its next state. A leaving daemon still owes the result of its last task.
+DAEMON_TABLE = {
+    (IDLE, "finished"): FAULT,
+    (BUSY, "finished"): IDLE,
+    (LEAVING, "finished"): LEAVING,
+    (IDLE, "leaving"): LEAVING,
+    (BUSY, "leaving"): LEAVING,
+    (LEAVING, "leaving"): IGNORE,
+}
+
+
+class _DaemonRecord:
+    """What the core knows of a connected daemon."""
+
+    __slots__ = ("state", "task", "retries", "cancelled", "slot", "why", "proven")
+
+    def __init__(self, slot: int | None) -> None:
+        self.state = IDLE
+        self.task: int | None = None    # until it answers
+        self.retries = 0                # of that task
+        self.cancelled = False          # that task: its outcome is of no interest
+        self.slot = slot
+        self.why = DIED                 # unless it says another reason first
+        self.proven = False             # it has answered a task
+
+
+class DispatcherCore:
+    """The scheduler: each method is an event and returns the effects to carry out, in order.
+
+    `elastic`: slots rest until tasks wait, and rest again after each daemon: one process per task.
+    """
+
+    def __init__(self, elastic: bool = False) -> None:
+        self.elastic = elastic
+        self.awaiting: dict[int, int] = {}          # task -> retries left
+        self.queue: deque[int] = deque()            # their order; may hold ids that were cancelled since
+        self.executing: dict[int, int] = {}         # task -> daemon, as long as somebody wants the outcome
+        self.daemons: dict[int, _DaemonRecord] = {}
+        self.idle: dict[int, None] = {}             # the last to become idle is the next to be used: its caches are warm
+        self.slots: dict[int, str] = {}
+        self.resting: deque[int] = deque()
+        self.launching = 0
+        self.failures = 0
+        self.stopped = False                        # launching was given up
+        self.cumulative = 0
+        self.completed = 0
+
+    # -- tasks
+
+    def submitted(self, task: int, retries: int = 0) -> list[Any]:
+        if task in self.awaiting or task in self.executing:
+            raise ProtocolError(f"task {task} was submitted twice")
+        self.awaiting[task] = retries
+        self.queue.append(task)
+        return self._next()
+
+    def cancelled(self, task: int) -> list[Any]:
+        """The host has resolved it; a task that is unknown here has finished meanwhile."""
+        if self.awaiting.pop(task, None) is not None:
+            self.completed += 1
+            return []
+        daemon = self.executing.pop(task, None)
+        if daemon is None:
+            return []
+        self.completed += 1
+        self.daemons[daemon].cancelled = True
+        return [Interrupt(daemon, task)]
+
+    def finished(self, daemon: int, task: int) -> list[Any]:
+        """The daemon's answer has come, which the shell holds: Resolve says whether to pass it on."""
+        record = self.daemons[daemon]
+        state = DAEMON_TABLE[record.state, "finished"]
+        if state is FAULT or task != record.task:
+            return [Drop(daemon, f"it answered task {task} while {record.state} with {record.task}")]
+        effects = []
+        if self.executing.pop(task, None) is not None:
+            self.completed += 1
+            effects.append(Resolve(task, RESULT))
+        record.state, record.task, record.cancelled, record.proven = state, None, False, True
+        if record.slot is not None:
+            self.failures = 0
+        if state is IDLE:
+            self.idle[daemon] = None
+        return effects + self._next()
+
+    # -- daemons
+
+    def joined(self, daemon: int, slot: int | None = None) -> list[Any]:
+        """A daemon is there and ready; `slot`: the launch it came from, None where it was started elsewhere."""
+        self.daemons[daemon] = _DaemonRecord(slot)
+        self.cumulative += 1
+        if slot is not None:
+            self._mark(slot, READY)
+        self.idle[daemon] = None
+        return self._next()
+
+    def leaving(self, daemon: int, why: int) -> list[Any]:
+        """It ends by its own limits, after the task it has begun, if any."""
+        record = self.daemons[daemon]
+        if DAEMON_TABLE[record.state, "leaving"] is not IGNORE:
+            record.state, record.why = LEAVING, why
+            self.idle.pop(daemon, None)
+        return []
+
+    def lost(self, daemon: int, begun: bool) -> list[Any]:
+        """Its connection has ended. `begun`: whether it may have run any of the task it had."""
+        record = self.daemons.pop(daemon)
+        self.idle.pop(daemon, None)
+        effects: list[Any] = []
+        task = record.task
+        if task is not None and not record.cancelled:
+            del self.executing[task]
+            if begun and not record.retries:
+                self.completed += 1
+                effects.append(Resolve(task, RESET))
+            else:
+                self.awaiting[task] = record.retries - begun
+                self.queue.appendleft(task)
+        if record.slot is None:
+            return effects + self._next()
+        if task is not None and not begun and not record.proven and record.why is DIED:
+            return effects + self.launch_failed(record.slot)    # ready in name only: else it would go on for ever
+        rests = self.elastic or record.why in (IDLETIME, WALLTIME)
+        return effects + (self._rest(record.slot) if rests else self._launch(record.slot)) + self._next()
+
+    # -- slots
+
+    def launch(self, slots: Iterable[int]) -> list[Any]:
+        """The host wants these local daemons as well; it may try again after launching had stopped."""
+        self.stopped, self.failures = False, 0
+        effects: list[Any] = []
+        for slot in slots:
+            effects += self._rest(slot) if self.elastic else self._launch(slot)
+        return effects + self._next()
+
+    def launch_failed(self, slot: int) -> list[Any]:
+        """A launched daemon ended before it was of use."""
+        self.failures += 1
+        if self.failures < MAX_FAILED_STARTS and not self.stopped:
+            return self._rest(slot) + self._next() if self.elastic else self._launch(slot)
+        effects: list[Any] = [] if self.stopped else [StopLaunching()]
+        self.stopped = True
+        return effects + self._rest(slot) + self._next()
+
+    def _mark(self, slot: int, state: str) -> None:
+        self.launching += (state is LAUNCHING) - (self.slots.get(slot) is LAUNCHING)
+        self.slots[slot] = state
+
+    def _launch(self, slot: int) -> list[Any]:
+        if self.stopped:
+            return self._rest(slot)
+        self._mark(slot, LAUNCHING)
+        return [Launch(slot)]
+
+    def _rest(self, slot: int) -> list[Any]:
+        self._mark(slot, RESTING)
+        self.resting.append(slot)
+        return []
+
+    # -- scheduling
+
+    def _next(self) -> list[Any]:
+        """Restores rules 2 and 4."""
+        effects: list[Any] = []
+        while self.awaiting and self.idle:
+            task = self.queue.popleft()
+            retries = self.awaiting.pop(task, None)
+            if retries is None:
+                continue
+            daemon, _ = self.idle.popitem()
+            record = self.daemons[daemon]
+            record.state, record.task, record.retries = BUSY, task, retries
+            self.executing[task] = daemon
+            effects.append(Assign(daemon, task))
+        if not self.awaiting:
+            self.queue.clear()
+        elif self.stopped and not self.daemons and not self.launching:
+            effects += self._fail_awaiting()
+        elif not self.stopped:
+            while self.resting and len(self.awaiting) > self.launching:
+                effects += self._launch(self.resting.popleft())
+        return effects
+
+    def _fail_awaiting(self) -> list[Any]:
+        failed = [Resolve(task, LAUNCH) for task in self.queue if self.awaiting.pop(task, None) is not None]
+        self.completed += len(failed)
+        self.queue.clear()
+        return failed
+
+    # -- looking
+
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """connections, cumulative, awaiting, executing, completed."""
+        return len(self.daemons), self.cumulative, len(self.awaiting), len(self.executing), self.completed
+
+    def check(self) -> None:
+        """Asserts what must hold between any two events."""
+        busy = {d: r for d, r in self.daemons.items() if r.task is not None}
+        assert not (self.idle and self.awaiting), "a daemon idles beside a queue"
+        assert set(self.idle) == {d for d, r in self.daemons.items() if r.state is IDLE}
+        assert self.executing == {r.task: d for d, r in busy.items() if not r.cancelled}
+        assert not set(self.awaiting) & set(self.executing), "a task both waits and runs"
+        assert set(self.awaiting) <= set(self.queue), "an awaiting task has no place in the queue"
+        assert all(r.state is not IDLE for r in busy.values())
+        assert self.launching == sum(s is LAUNCHING for s in self.slots.values())
+        assert sorted(self.resting) == sorted(s for s, state in self.slots.items() if state is RESTING)
+        ready = [r.slot for r in self.daemons.values() if r.slot is not None]
+        assert sorted(ready) == sorted(s for s, state in self.slots.items() if state is READY)
+        if self.awaiting and self.stopped:
+            assert self.daemons or self.launching, "tasks wait for what will never come"
+        if self.awaiting and not self.stopped:
+            assert not self.resting or self.launching >= len(self.awaiting), "tasks wait beside a resting slot"
+
+
+# ======================================================================
+# 7. Transport: URLs, the handshake, connections
+# ======================================================================
+# Knows:  sockets, keys, frames.
+# Never:  tasks; it unpickles nothing.
+# Rule:   nothing is passed on from a peer that has not proven that it holds the key.
+
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+Address = collections.namedtuple("Address", "scheme host port")     # ipc: host is the path, port None
+
+
+def parse_url(url: str) -> Address:
+    """`ipc:///path`, `tcp://host:port`, `tcp://[v6]:port`; ValueError says what is wrong and what would be right."""
+    right = "expected 'tcp://127.0.0.1:5555' (port 0: a free one), 'tcp://[::1]:5555' or 'ipc:///path'"
+    if not isinstance(url, str):
+        raise TypeError(f"a URL is a str, not {type(url).__name__}: {right}")
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise ValueError(f"{url!r} is no URL: {right}")
+    if scheme == "ipc":
+        if not os.path.isabs(rest):
+            raise ValueError(f"{url!r} holds no absolute path: {right}")
+        return Address(scheme, rest, None)
+    if scheme != "tcp":
+        raise ValueError(f"{url!r} has the unknown scheme {scheme!r}: {right}")
+    host, separator, port = rest.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535 or not host.strip("[]"):
+        raise ValueError(f"{url!r} lacks a host or a port: {right}")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"{url!r}: an IPv6 address goes in brackets: {right}")
+    host = host.strip("[]")
+    if host not in LOCAL_HOSTS:
+        raise ValueError(f"{url!r} reaches beyond this machine, which this version does not do: {right}")
+    return Address(scheme, host, int(port))
+
+
+def format_url(address: Address) -> str:
+    if address.scheme == "ipc":
+        return f"ipc://{address.host}"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"{address.scheme}://{host}:{address.port}"
+
+
+def runtime_dir() -> str:
+    """The user's own directory for sockets and key files, mode 0700; OSError where there can be none."""
+    own = os.getuid() if hasattr(os, "getuid") else "user"
+    run = os.environ.get("XDG_RUNTIME_DIR")
+    path = os.path.join(run, "mirai") if run and os.path.isdir(run) else os.path.join(tempfile.gettempdir(), f"mirai-{own}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or (os.name == "posix" and (found.st_uid != own or found.st_mode & 0o077)):
+        raise PermissionError(errno.EACCES, "not a directory that belongs to this user alone", path)
+    return path
+
+
+def local_url(tcp: bool = False, port: int = 0) -> str:
+    """A URL on this machine: a new Unix socket's, or with `tcp` (and where there are no Unix sockets) loopback TCP
+    on `port`, 0 for a free one."""
+    if tcp or not hasattr(socket, "AF_UNIX"):
+        return f"tcp://127.0.0.1:{port}"
+    path = os.path.join(runtime_dir(), os.urandom(8).hex())
+    if len(os.fsencode(path)) > 100:        # sun_path holds 108 bytes on Linux, 104 on macOS
+        return f"tcp://127.0.0.1:{port}"
+    return f"ipc://{path}"
+
+
+def parse_key(key: str | bytes) -> bytes:
+    """32 bytes, or the 64 hexadecimal digits of them."""
+    if isinstance(key, str):
+        try:
+            key = bytes.fromhex(key.strip())
+        except ValueError:
+            raise ValueError("a key as text is 64 hexadecimal digits") from None
+    if len(key) != 32:
+        raise ValueError(f"a key has 32 bytes (64 hexadecimal digits), not {len(key)}")
+    return key
+
+
+def write_key_file(url: str, key: bytes) -> str:
+    """Leaves the key where this user's daemons started by hand find it; gives the file's path."""
+    path = os.path.join(runtime_dir(), f"{os.urandom(8).hex()}.key")
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        json.dump({"url": url, "key": key.hex()}, file)
+    return path
+
+
+def find_key(url: str) -> bytes:
+    """The key for a URL: MIRAI_KEY, or the key file of this user's own profile there; Refused where there is none."""
+    if "MIRAI_KEY" in os.environ:
+        return parse_key(os.environ["MIRAI_KEY"])
+    with contextlib.suppress(OSError):
+        directory = runtime_dir()
+        for name in os.listdir(directory):
+            if name.endswith(".key"):
+                with contextlib.suppress(OSError, ValueError, KeyError), open(os.path.join(directory, name)) as file:
+                    entry = json.load(file)
+                    if entry["url"] == url:
+                        return parse_key(entry["key"])
+    raise Refused(f"no key for {url}: no profile of this user listens there, or its host is gone; give the key in "
+                  "MIRAI_KEY or with --key-file")
+
+
+def sweep_runtime_dir() -> None:
+    """Removes sockets that nobody listens on any more, and their key files: their owners died all at once."""
+    with contextlib.suppress(OSError):
+        directory = runtime_dir()
+        gone = set()
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if stat.S_ISSOCK(os.lstat(path).st_mode) and not _answers(path):
+                gone.add(f"ipc://{path}")
+                os.unlink(path)
+        for name in os.listdir(directory) if gone else ():
+            path = os.path.join(directory, name)
+            with contextlib.suppress(OSError, ValueError), open(path) as file:
+                if name.endswith(".key") and json.load(file).get("url") in gone:
+                    os.unlink(path)
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) != errno.ECONNREFUSED
+
+
+def listen(address: Address) -> tuple[socket.socket, Address]:
+    """A listening socket, and the address with its actual port."""
+    if address.scheme == "ipc":
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.bind(address.host)
+            os.chmod(address.host, 0o600)
+            sock.listen(1024)
+        except OSError as error:
+            sock.close()
+            raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror}") from None
+        return sock, address
+    try:
+        sock = socket.create_server((address.host, address.port), family=_family(address), backlog=1024)
+    except OSError as error:
+        raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror}") from None
+    return sock, address._replace(port=sock.getsockname()[1])
+
+
+def _family(address: Address) -> int:
+    return socket.AF_INET6 if ":" in address.host else socket.AF_INET
+
+
+def wait_ready(fds: Iterable[int], timeout: float | None, write: bool = False) -> list[int]:
+    """Those of `fds` that can be read (or written) without waiting, after at most `timeout` seconds."""
+    timeout = None if timeout is None else max(0.0, timeout)
+    if not hasattr(select, "poll"):
+        ready = select.select([] if write else fds, fds if write else [], [], timeout)
+        return ready[0] + ready[1]
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLOUT if write else select.POLLIN)
+    return [fd for fd, _ in poller.poll(None if timeout is None else math.ceil(timeout * 1000))]
+
+
+class Connection:
+    """A socket, what has arrived from it, and what still has to go.
+
+    Nothing here is lost or doubled where a signal handler raises in the middle: what the kernel took or gave
+    is noted in the C call that moved it (`list.extend(map(…))`), not in a statement after it.
+    """
+
+    def __init__(self, sock: socket.socket, decoder: Decoder | None = None) -> None:
+        self.sock = sock
+        self.decoder = decoder or Decoder()
+        self.ended = False                          # the peer will send no more
+        self._batch: list[bytes] = []
+        self._outgoing: deque[list[Any]] = deque()  # [bytes, sent, sent, …]
+        if sock.family != getattr(socket, "AF_UNIX", None):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def receive(self) -> bool:
+        """Reads once. False where nothing was there; sets `ended` at the end."""
+        chunks = self.decoder.chunks
+        try:
+            chunks.extend(map(self.sock.recv, (min(max(self.decoder.missing(), READ_SIZE), READ_LARGE),)))
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            self.ended = True
+            return False
+        if not chunks[-1]:
+            self.ended = True
+        return not self.ended
+
+    def post(self, frame: bytes) -> None:
+        """Adds a frame to what the next `flush()` sends as one."""
+        self._batch.append(frame)
+
+    def send(self, frame: bytes) -> bool:
+        """Sends what can be sent now; the rest is kept for `flush()`. False where there is a rest."""
+        self._outgoing.append([frame])
+        return self.flush()
+
+    def flush(self) -> bool:
+        """False where the socket takes no more for now. OSError where the connection is broken."""
+        if self._batch:
+            self._outgoing.append([b"".join(self._batch)])
+            self._batch.clear()
+        while self._outgoing:
+            item = self._outgoing[0]
+            sent = sum(item[1:])
+            if sent < len(item[0]):
+                try:
+                    item.extend(map(self.sock.send, (memoryview(item[0])[sent:] if sent else item[0],)))
+                except (BlockingIOError, InterruptedError):
+                    return False
+                if len(item) > 64:
+                    item[1:] = [sum(item[1:])]
+            if sum(item[1:]) >= len(item[0]):
+                self._outgoing.popleft()
+        return True
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._batch or self._outgoing)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def _proof(key: bytes, side: str, hello: bytes, challenge: bytes) -> bytes:
+    """What only a holder of the key can say about this conversation; the sides differ, so none can be reflected."""
+    return hmac.digest(key, b"".join([f"mirai {WIRE_VERSION} {side}\0{len(hello)}\0".encode(), hello, challenge]), "sha256")
+
+
+class DialerHandshake:
+    """The dialing side. `hello()` opens; `receive()` takes each message and gives the frames to answer with.
+
+    `done` once the listener has proven itself and has let us in. Refused where either fails.
+    """
+
+    def __init__(self, key: bytes, role: str, about: Mapping[str, Any]) -> None:
+        self.key, self.done = key, False
+        self._hello = json.dumps({"role": role, "nonce": os.urandom(32).hex(), "python": sys.version.split()[0],
+                                  "pid": os.getpid(), "host": socket.gethostname(), **about}).encode()
+
+    def hello(self) -> bytes:
+        return encode(Kind.HELLO, payload=self._hello)
+
+    def receive(self, message: Message) -> bytes:
+        if message.kind == Kind.REFUSED:
+            raise Refused(f"refused by the listener: {decode_json(message).get('why')}")
+        if message.kind == Kind.CHALLENGE:
+            proof, challenge = message.payload[:32], message.payload[32:]
+            if not hmac.compare_digest(proof, _proof(self.key, "listener", self._hello, challenge)):
+                raise Refused("the listener does not hold the key that this side holds")
+            return encode(Kind.PROOF, payload=_proof(self.key, "dialer", self._hello, challenge))
+        if message.kind != Kind.WELCOME:
+            raise ProtocolError(f"{message!r} in a handshake")
+        self.done = True
+        return b""
+
+
+class ListenerHandshake:
+    """The listening side, fed a stranger's messages. `peer` is what its hello said, to be believed once `done`."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key, self.done = key, False
+        self.peer: dict[str, Any] = {}
+        self._hello = self._challenge = b""
+
+    def receive(self, message: Message) -> bytes:
+        if message.kind == Kind.HELLO and not self._hello:
+            self.peer = decode_json(message)
+            if self.peer.get("role") not in ("host", "daemon"):
+                raise Refused(f"the role {self.peer.get('role')!r} is unknown here")
+            self._hello = message.payload
+            self._challenge = json.dumps({"nonce": os.urandom(32).hex(), "python": sys.version.split()[0]}).encode()
+            proof = _proof(self.key, "listener", self._hello, self._challenge)
+            return encode(Kind.CHALLENGE, payload=proof + self._challenge)
+        if message.kind != Kind.PROOF or not self._hello:
+            raise ProtocolError(f"{message!r} in a handshake")
+        if not hmac.compare_digest(message.payload, _proof(self.key, "dialer", self._hello, self._challenge)):
+            raise Refused("wrong key")
+        self.done = True
+        return encode(Kind.WELCOME)
+
+
+def dial(url: str, key: bytes, role: str, about: Mapping[str, Any], timeout: float = DIAL_TIME) -> Connection:
+    """An authenticated connection, its socket blocking. OSError: not reachable; Refused: one side refused."""
+    address = parse_url(url)
+    deadline = time.monotonic() + timeout
+    family = socket.AF_UNIX if address.scheme == "ipc" else _family(address)
+    sock = socket.socket(family)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(address.host if address.scheme == "ipc" else (address.host, address.port))
+        connection = Connection(sock, Decoder(STRANGER_LIMIT))
+        shake = DialerHandshake(key, role, about)
+        sock.sendall(shake.hello())
+        while not shake.done:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            message = connection.decoder.pop()
+            if message is None:
+                connection.decoder.feed(_receive_some(sock, url))
+            else:
+                sock.sendall(shake.receive(message))
+        sock.settimeout(None)
+        connection.decoder.limit = None     # frames of the trusted may follow in the same bytes
+        return connection
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _receive_some(sock: socket.socket, url: str) -> bytes:
+    data = sock.recv(READ_SIZE)
+    if not data:
+        raise ConnectionResetError(errno.ECONNRESET, f"{url} closed the connection in the handshake")
+    return data
+
+
+# ======================================================================
+# 8. Dispatcher shell: sockets around the core
+# ======================================================================
+# Knows:  connections, the nursery's reports, the clock.
+# Never:  pickle, user code, scheduling rules.        Thread: a process of its own.
+# Rule:   one `selectors` loop that waits for nobody; what the core says is done, by one method an effect.
+
+
+class _Peer:
+    """Somebody connected: a stranger until its handshake is done, then the host or a daemon."""
+
+    def __init__(self, number: int, connection: Connection, shake: ListenerHandshake) -> None:
+        self.number = number
+        self.connection = connection
+        self.shake: ListenerHandshake | None = shake
+        self.role = "stranger"
+        self.launch: tuple[int, int] | None = None      # slot, serial of a local daemon
+        self.name = ""
+        self.pid = 0
+        self.last_task = -1                             # what it said it would finish before it leaves
+        self.events = selectors.EVENT_READ
+
+
+class Dispatcher:
+    """The process between host and daemons. `spec`: url, key (hex), elastic. `page`: words shared with local
+    daemons, SLOT_WORDS each: the task to interrupt, the task begun."""
+
+    def __init__(self, spec: Mapping[str, Any], nursery: Connection, page: memoryview) -> None:
+        self.core = DispatcherCore(spec["elastic"])
+        self.key = bytes.fromhex(spec["key"])
+        self.nursery, self.page = nursery, page
+        self.selector = selectors.DefaultSelector()
+        self.listener, self.address = listen(parse_url(spec["url"]))
+        self.listener.setblocking(False)
+        self.peers: dict[int, _Peer] = {}           # every connection, by number
+        self.strangers: dict[int, None] = {}        # the oldest first
+        self.numbers = itertools.count(1)
+        self.host: _Peer | None = None
+        self.frames: dict[int, bytes] = {}          # task -> its frame, until it is resolved
+        self.specs: dict[int, Any] = {}             # slot -> what its daemons are started with
+        self.serials: dict[int, int] = {}           # slot -> which of its launches counts
+        self.joined: dict[int, _Peer] = {}          # slot -> its daemon, until the nursery tells of its end
+        self.to_fork: list[tuple[int, int]] = []
+        self.dirty: set[_Peer] = set()
+        self.timers: list[tuple[float, int, Callable[[], None]]] = []
+        self.outcome: Message | None = None         # the result that is being handed to the core
+        self.why = ""                               # how the daemon that is being given up ended
+        self.last_words = ""                        # of the last launch that failed
+        self.sent_counts: tuple[int, ...] = ()
+        self.counts_due = 0.0
+        self.running = True
+        self.effects: dict[type, Callable[[Any], None]] = {
+            Assign: self._assign, Interrupt: self._interrupt, Resolve: self._resolve, Launch: self._launch,
+            StopLaunching: self._stop_launching, Drop: self._drop}
+
+    # -- the loop
+
+    def run(self) -> int:
+        """Serves until the host, or the nursery, is gone."""
+        files = [self.address.host] if self.address.scheme == "ipc" else []
+        try:
+            url = format_url(self.address)
+            with contextlib.suppress(OSError):      # no directory for it: daemons started by hand need the key given
+                files.append(write_key_file(url, self.key))
+            self.nursery.send(encode_json(Kind.LISTENING, {"url": url, "files": files}))
+            self.nursery.sock.setblocking(False)
+            self._listen()
+            self.selector.register(self.nursery, selectors.EVENT_READ, self._from_nursery)
+            while self.running:
+                for key, _ in self.selector.select(self._timeout()):
+                    key.data()
+                self._run_timers()
+                self._after_events()
+        finally:
+            for path in files:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        return 0
+
+    def _timeout(self) -> float | None:
+        return max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else None
+
+    def _at(self, delay: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.timers, (time.monotonic() + delay, next(self.numbers), action))
+
+    def _run_timers(self) -> None:
+        while self.timers and self.timers[0][0] <= time.monotonic():
+            heapq.heappop(self.timers)[2]()
+
+    def _after_events(self) -> None:
+        if self.to_fork:
+            self._fork()
+        self._report_counts()
+        while self.dirty:
+            self._flush(self.dirty.pop())
+        if not self.nursery.flush():
+            self._at(0.01, lambda: None)            # it is busy forking: come round again
+
+    def _report_counts(self) -> None:
+        """The host's `status()` asks nobody: it is told, at most so often, but at once when daemons come or go."""
+        counts = self.core.counts()
+        if counts == self.sent_counts or self.host is None:
+            return
+        now = time.monotonic()
+        if now >= self.counts_due or counts[:2] != self.sent_counts[:2]:
+            self._post(self.host, encode(Kind.COUNTS, payload=COUNTS.pack(*counts)))
+            self.sent_counts = counts
+            self.counts_due = now + COUNTS_EVERY
+        elif len(self.timers) == 0 or self.timers[0][0] > self.counts_due:
+            self._at(self.counts_due - now, lambda: None)
+
+    # -- connections
+
+    def _listen(self) -> None:
+        self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self.listener.accept()
+        except BlockingIOError:
+            return
+        except OSError:                             # no descriptors left: look again later, do not spin
+            self.selector.unregister(self.listener)
+            self._at(0.1, self._listen)
+            return
+        sock.setblocking(False)
+        if len(self.strangers) >= STRANGERS:
+            self._refuse(self.peers[next(iter(self.strangers))], "too many connections that have not said who they are")
+        peer = _Peer(next(self.numbers), Connection(sock, Decoder(STRANGER_LIMIT)), ListenerHandshake(self.key))
+        self.peers[peer.number] = peer
+        self.strangers[peer.number] = None
+        self.selector.register(sock, selectors.EVENT_READ, functools.partial(self._serve, peer))
+        self._at(HANDSHAKE_TIME, lambda: self._refuse(peer, "no handshake in time") if peer.shake else None)
+
+    def _serve(self, peer: _Peer) -> None:
+        """Something happened on a connection."""
+        if peer.number not in self.peers:
+            return
+        if peer.events & selectors.EVENT_WRITE:
+            self._flush(peer)
+        peer.connection.receive()
+        self._take(peer)
+        if peer.connection.ended and peer.number in self.peers:
+            self._at_end(peer)
+
+    def _take(self, peer: _Peer) -> None:
+        handle = {"stranger": self._greet, "host": self._from_host, "daemon": self._from_daemon}
+        try:
+            for message in peer.connection.decoder:
+                handle[peer.role](peer, message)
+                if peer.number not in self.peers:
+                    return
+        except ProtocolError as error:
+            self._refuse(peer, str(error)) if peer.shake else self._fault(peer, str(error))
+
+    def _greet(self, peer: _Peer, message: Message) -> None:
+        assert peer.shake is not None
+        answer, about = peer.shake.receive(message), peer.shake.peer
+        if peer.shake.done:
+            role, slot, serial = about["role"], about.get("slot"), about.get("serial")
+            if role == "host" and self.host is not None:
+                raise Refused("this dispatcher has a host")
+            if slot is not None and (self.serials.get(slot) != serial or slot in self.joined):
+                raise Refused("this launch was given up")
+            peer.launch = None if slot is None else (slot, serial)
+        self._post(peer, answer)
+        if peer.shake.done:
+            self._admit(peer, about)
+
+    def _admit(self, peer: _Peer, about: Mapping[str, Any]) -> None:
+        peer.role, peer.shake, peer.connection.decoder.limit = about["role"], None, None
+        peer.pid, peer.name = about["pid"], f"daemon {about['pid']} on {about['host']}"
+        del self.strangers[peer.number]
+        if peer.role == "host":
+            self.host = peer
+            return
+        if peer.launch:
+            self.joined[peer.launch[0]] = peer
+        self._do(self.core.joined(peer.number, peer.launch and peer.launch[0]))
+
+    def _post(self, peer: _Peer, frame: bytes) -> None:
+        peer.connection.post(frame)
+        self.dirty.add(peer)
+
+    def _flush(self, peer: _Peer) -> None:
+        if peer.number not in self.peers:
+            return
+        try:
+            wanted = selectors.EVENT_READ | (0 if peer.connection.flush() else selectors.EVENT_WRITE)
+        except OSError:
+            wanted = selectors.EVENT_READ           # its end is read next, after what it said before
+        if wanted != peer.events:
+            peer.events = wanted
+            self.selector.modify(peer.connection.sock, wanted, self.selector.get_key(peer.connection.sock).data)
+
+    def _close(self, peer: _Peer) -> None:
+        self.selector.unregister(peer.connection.sock)
+        del self.peers[peer.number]
+        self.strangers.pop(peer.number, None)
+        peer.connection.close()
+
+    def _refuse(self, peer: _Peer, why: str) -> None:
+        if peer.number in self.peers:
+            with contextlib.suppress(OSError):
+                peer.connection.send(encode_json(Kind.REFUSED, {"why": why}))
+            self._close(peer)
+
+    def _fault(self, peer: _Peer, why: str) -> None:
+        print(f"mirai dispatcher: {peer.role} {peer.name} is dropped: {why}", file=sys.stderr, flush=True)
+        self._at_end(peer)
+
+    def _at_end(self, peer: _Peer) -> None:
+        """A connection has ended. Of a local daemon the nursery will say how; one that stays is killed first."""
+        self._close(peer)
+        if peer.role == "host":
+            self.running = False
+        elif peer.role == "daemon" and peer.launch is None:
+            self._lose(peer, "closed its connection")
+        elif peer.role == "daemon":
+            self._do(self.core.leaving(peer.number, DIED))
+            self._at(GRACE, lambda: self._signal(peer, signal.SIGKILL) if peer in self.joined.values() else None)
+
+    def _lose(self, peer: _Peer, how: str, words: str = "") -> None:
+        task = self.core.daemons[peer.number].task
+        if peer.launch:
+            del self.joined[peer.launch[0]]
+            begun = self.page[peer.launch[0] * SLOT_WORDS + 1] == task
+        else:
+            begun = peer.last_task in (-1, task)
+        self.why = describe_loss(peer.name, how, words)
+        self._do(self.core.lost(peer.number, begun))
+
+    # -- what peers say
+
+    def _from_host(self, peer: _Peer, message: Message) -> None:
+        kind, id, flags, payload = message
+        if kind == Kind.TASK:
+            self.frames[id] = encode(kind, id, payload)
+            self._do(self.core.submitted(id, flags))
+        elif kind == Kind.CANCEL:
+            self.frames.pop(id, None)
+            self._do(self.core.cancelled(id))
+        elif kind == Kind.LAUNCH:
+            wish = decode_json(message)
+            first = len(self.specs)
+            slots = range(first, min(first + wish["n"], SLOTS))
+            self.specs.update(dict.fromkeys(slots or self.specs, wish["spec"]))     # n = 0: for those there are
+            self._do(self.core.launch(slots))
+        else:
+            raise ProtocolError(f"{message!r} from a host")
+
+    def _from_daemon(self, peer: _Peer, message: Message) -> None:
+        if message.kind == Kind.RESULT:
+            self.outcome = message
+            self._do(self.core.finished(peer.number, message.id))
+        elif message.kind == Kind.LEAVE:
+            peer.last_task = message.id
+            self._do(self.core.leaving(peer.number, message.flags))
+        else:
+            raise ProtocolError(f"{message!r} from a daemon")
+
+    def _from_nursery(self) -> None:
+        self.nursery.receive()
+        for message in self.nursery.decoder:
+            if message.kind != Kind.ENDED:
+                raise ProtocolError(f"{message!r} from the nursery")
+            self._daemon_ended(decode_json(message))
+        if self.nursery.ended:                      # nobody is left to end the daemons but us
+            for daemon in self.joined.values():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(daemon.pid, signal.SIGKILL)
+            self.running = False
+
+    def _daemon_ended(self, report: Mapping[str, Any]) -> None:
+        slot, how = report["slot"], describe_exit(report["status"])
+        if self.serials.get(slot) != report["serial"]:
+            return
+        peer = self.joined.get(slot)
+        if peer is None:
+            self.serials[slot] = 0                  # should it still be about to join, it is refused
+            self.last_words = describe_loss(f"daemon {report['pid']}", how, report["words"])
+            self._do(self.core.launch_failed(slot))
+            return
+        if peer.number in self.peers:               # what it said before it ended counts
+            while peer.connection.receive():
+                pass
+            self._take(peer)
+        if peer.number in self.peers:
+            self._close(peer)
+        self._lose(peer, how, report["words"])
+
+    # -- effects
+
+    def _do(self, effects: Iterable[Any]) -> None:
+        for effect in effects:
+            self.effects[type(effect)](effect)
+
+    def _assign(self, effect: Any) -> None:
+        self._post(self.peers[effect.daemon], self.frames[effect.task])
+
+    def _interrupt(self, effect: Any) -> None:
+        peer = self.peers.get(effect.daemon)
+        if peer is None:
+            return
+        if peer.launch is None:
+            self._post(peer, encode(Kind.CANCEL, effect.task))
+        else:
+            self.page[peer.launch[0] * SLOT_WORDS] = effect.task
+            self._signal(peer, signal.SIGINT)
+
+    def _signal(self, peer: _Peer, signum: int) -> None:
+        """By the nursery: it alone knows that the process id is still that daemon's."""
+        assert peer.launch is not None
+        self.nursery.post(encode_json(Kind.SIGNAL, {"pid": peer.pid, "signal": int(signum)}))
+
+    def _resolve(self, effect: Any) -> None:
+        self.frames.pop(effect.task, None)
+        assert self.host is not None
+        if effect.how is RESULT:
+            assert self.outcome is not None
+            self._post(self.host, encode(Kind.RESULT, effect.task, self.outcome.payload))
+            return
+        launch = effect.how is LAUNCH
+        text = self._launch_text() if launch else self.why
+        self._post(self.host, encode_json(Kind.LOST, {"launch": launch, "text": text}, effect.task))
+
+    def _launch_text(self) -> str:
+        return f"no daemon could be started: {MAX_FAILED_STARTS} in a row ended before they were ready; {self.last_words}"
+
+    def _launch(self, effect: Any) -> None:
+        serial = next(self.numbers)
+        self.serials[effect.slot] = serial
+        self.to_fork.append((effect.slot, serial))
+
+    def _fork(self) -> None:
+        """Asks the nursery for all daemons that this round of events called for, by what they start with."""
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for slot, serial in self.to_fork:
+            groups.setdefault(id(self.specs[slot]), []).append((slot, serial))
+        self.to_fork.clear()
+        for launches in groups.values():
+            self.nursery.post(encode_json(Kind.FORK, {
+                "launches": launches, "spec": self.specs[launches[0][0]], "url": format_url(self.address)}))
+
+    def _stop_launching(self, effect: Any) -> None:
+        if self.host is not None:
+            self._post(self.host, encode_json(Kind.NO_LAUNCH, {"text": self._launch_text()}))
+
+    def _drop(self, effect: Any) -> None:
+        peer = self.peers.get(effect.daemon)
+        if peer is not None:
+            self._fault(peer, effect.why)
+
+
+# ======================================================================
+# 9. Daemon: dial, evaluate, reply
+# ======================================================================
+# Knows:  its connection, the task it runs, its limits.
+# Never:  queueing, other daemons.        Thread: tasks run in the main thread; nowhere else is user code called.
+
+_here = {"daemon": False}       # whether this process is a daemon
+
+
+def on_daemon() -> bool:
+    """Whether this code runs on a daemon, in the evaluation of a mirai."""
+    return _here["daemon"]
+
+
+def daemon(url: str, *, idletime: float = math.inf, walltime: float = math.inf, maxtasks: float = math.inf,
+           key: str | bytes | None = None) -> int:
+    """Serves the dispatcher at `url` until one side ends it; call it in the main thread of a process of its own.
+
+    `idletime`, `walltime`: seconds without a task, and in all, after which it ends (a running task is finished
+    first). `maxtasks`: tasks after which it ends. `key`: the profile's, 64 hexadecimal digits or 32 bytes; by
+    default MIRAI_KEY or, for a profile of the same user, its key file.
+
+    Returns 0 (connection ended), 1 (idletime), 2 (walltime) or 3 (maxtasks). Raises OSError where the
+    dispatcher can't be reached, `Refused` where either side refuses the other.
+    """
+    check_daemon_options({"idletime": idletime, "walltime": walltime, "maxtasks": maxtasks})
+    connection = dial(url, find_key(url) if key is None else parse_key(key), "daemon", {})
+    return _Daemon(_ThreadInbox(connection), idletime, walltime, maxtasks).run()
+
+
+def check_daemon_options(options: Mapping[str, Any]) -> None:
+    """TypeError or ValueError for options that `daemon()` does not take; the near miss is named."""
+    for name, value in options.items():
+        if name not in ("idletime", "walltime", "maxtasks"):
+            import difflib
+            near = difflib.get_close_matches(name, ("idletime", "walltime", "maxtasks"), 1)
+            raise TypeError(f"there is no daemon option {name!r}" + (f"; did you mean {near[0]!r}?" if near else
+                                                                     ": there are idletime, walltime, maxtasks"))
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{name}={value!r}: expected a number above 0 (math.inf: no limit)")
+
+
+def _become_daemon() -> None:
+    """What tasks find: a `__main__` of their own, which the host's by-value functions share; `quit()` ends the process."""
+    import builtins
+    _here["daemon"] = True
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    _namespaces["__main__"] = vars(main)
+    vars(main)["__builtins__"] = builtins
+    builtins.quit = builtins.exit = _quit       # type: ignore[assignment]
+
+
+def _quit(code: Any = 0) -> NoReturn:
+    """As `quit()` does in R, and unlike `sys.exit()`, which is an exception like others: ends the daemon, now."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+class _PageInbox:
+    """A local daemon's way to its tasks: it reads the socket itself, and shares two words with the dispatcher."""
+
+    def __init__(self, connection: Connection, page: memoryview, slot: int) -> None:
+        self.connection = connection
+        self.page, self.at = page, slot * SLOT_WORDS
+        self.stops_on_ctrl_c = self.signalled = False
+
+    def cancelled(self) -> int:
+        """The task that is to be interrupted."""
+        return self.page[self.at]
+
+    def begin(self, task: int) -> None:
+        self.page[self.at + 1] = task
+
+    def get(self, timeout: float) -> Message | None:
+        """The next message, None at the end of the connection. TimeoutError after `timeout` seconds."""
+        connection = self.connection
+        while True:
+            message = connection.decoder.pop()
+            if message is not None:
+                return message
+            if timeout != math.inf and not wait_ready([connection.fileno()], timeout):
+                raise TimeoutError
+            if not connection.receive():
+                return None
+
+
+class _ThreadInbox:
+    """The way of a daemon that was started elsewhere: a thread reads, so that a cancel reaches a busy main thread,
+    and that the end of the connection ends a busy daemon."""
+
+    def __init__(self, connection: Connection) -> None:
+        import queue
+        self.connection = connection
+        self.stops_on_ctrl_c = True
+        self.signalled = False          # by the thread: the next SIGINT is no Ctrl-C
+        self._cancelled = 0
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._empty = queue.Empty
+        threading.Thread(target=self._read, name="mirai-inbox", daemon=True).start()
+
+    def cancelled(self) -> int:
+        return self._cancelled
+
+    def begin(self, task: int) -> None:
+        """Nothing to note: from the outside, a task that was sent may have begun."""
+
+    def get(self, timeout: float) -> Message | None:
+        try:
+            return self._messages.get(timeout=None if timeout == math.inf else timeout)
+        except self._empty:
+            raise TimeoutError from None
+
+    def _read(self) -> None:
+        try:
+            while True:
+                for message in self.connection.decoder:
+                    if message.kind == Kind.CANCEL:
+                        self._cancelled, self.signalled = message.id, True
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    else:
+                        self._messages.put(message)
+                if not self.connection.receive():
+                    break
+        finally:
+            self._messages.put(None)
+            time.sleep(GRACE)       # an idle daemon has long ended by itself
+            os._exit(0)
+
+
+class _Daemon:
+    """The loop of a daemon: one task at a time, each under a guard that lets an interrupt in."""
+
+    def __init__(self, inbox: _PageInbox | _ThreadInbox, idletime: float, walltime: float, maxtasks: float) -> None:
+        self.inbox = inbox
+        self.idletime, self.maxtasks = idletime, maxtasks
+        self.end = time.monotonic() + walltime
+        self.armed = 0              # the task that a signal may interrupt now
+        self.stopping = False       # Ctrl-C in the terminal of a daemon started by hand
+
+    def run(self) -> int:
+        _become_daemon()
+        signal.signal(signal.SIGINT, self._on_sigint)
+        sys.unraisablehook = self._on_unraisable
+        done = 0
+        try:
+            while True:
+                now = time.monotonic()
+                try:
+                    message = self.inbox.get(min(self.idletime, max(0.0, self.end - now)))
+                except TimeoutError:
+                    return self._leave(WALLTIME if time.monotonic() >= self.end else IDLETIME)
+                if message is None:
+                    return DIED
+                outcome = self._run(message)
+                done += 1
+                why = MAXTASKS if done >= self.maxtasks else WALLTIME if time.monotonic() >= self.end else DIED
+                if why or self.stopping:
+                    return self._leave(why, message.id, outcome)
+                self.inbox.connection.send(encode(Kind.RESULT, message.id, outcome))
+        except OSError:             # the connection broke: the same end by another sign
+            return DIED
+
+    def _run(self, message: Message) -> bytes:
+        """Evaluates a task. The interrupt that is meant for it is raised only between arming and disarming, once."""
+        if message.kind != Kind.TASK:
+            raise ProtocolError(f"{message!r} from a dispatcher")
+        self.inbox.begin(message.id)
+        try:
+            self.armed = message.id
+            if self.inbox.cancelled() == message.id:
+                raise _Interrupted
+            outcome = evaluate(message.payload)
+            self.armed = 0
+        except KeyboardInterrupt as error:
+            self.armed = 0
+            outcome = dump_failure(error)
+        if signal.getsignal(signal.SIGINT) != self._on_sigint:      # the task changed it
+            signal.signal(signal.SIGINT, self._on_sigint)
+        return outcome
+
+    def _leave(self, why: int, task: int = 0, outcome: bytes | None = None) -> int:
+        """Says why before the last result, so that no task is sent after it; then waits to be let go."""
+        connection = self.inbox.connection
+        last = b"" if outcome is None else encode(Kind.RESULT, task, outcome)
+        connection.send(encode(Kind.LEAVE, task, flags=why) + last)
+        with contextlib.suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_WR)
+            if isinstance(self.inbox, _PageInbox):
+                wait_ready([connection.fileno()], GRACE)
+        return why
+
+    def _on_sigint(self, signum: int, frame: Any) -> None:
+        if self.armed and self.armed == self.inbox.cancelled():
+            self.armed, self.inbox.signalled = 0, False          # here, not where it is caught: a second signal must not find the guard up
+            raise _Interrupted
+        if self.inbox.signalled:        # a cancel that came too late
+            self.inbox.signalled = False
+        elif self.inbox.stops_on_ctrl_c:
+            self.stopping = True
+            raise KeyboardInterrupt
+
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """An interrupt that fell into a finalizer, where exceptions vanish, is sent once more."""
+        if isinstance(unraisable.exc_value, _Interrupted):
+            self.armed = self.inbox.cancelled()
+            main = threading.main_thread().ident or 0
+            threading.Timer(0.001, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
+
+# ======================================================================
+# 10. Nursery: the parent of dispatchers and local daemons
+# ======================================================================
+# Knows:  processes: how they start, that they ended, whose they are.
+# Never:  tasks, keys' use, listening sockets.    Thread: the nursery process has one; it forks.
+# Rule:   whatever ends the host ends the nursery, and with it every process group that it began.
+
+_NURSERY_COMMAND = (
+    "import sys; sys.path[:] = [p for p in sys.path if p]\n"
+    "from importlib.util import spec_from_file_location as find, module_from_spec as make\n"
+    "spec = find(sys.argv[1], sys.argv[2]); module = sys.modules[sys.argv[1]] = make(spec)\n"
+    "spec.loader.exec_module(module); sys.exit(module.nursery_main(int(sys.argv[3])))")
+
+
+class _Child:
+    """A process that the nursery forked."""
+
+    def __init__(self, role: str, job: int, pid: int, words: int) -> None:
+        self.role, self.job, self.pid = role, job, pid      # job: the dispatcher it is, or belongs to
+        self.words = words                                  # the reading end of its stderr
+        self.tail = b""
+        self.launch = (0, 0)                                # a daemon's slot, serial
+        self.control: Connection | None = None              # a dispatcher's
+        self.page: memoryview | None = None
+        self.key = ""
+        self.files: list[str] = []                          # a dispatcher's, to be removed after it
+        self.status: int | None = None                      # of a dispatcher that ended before its daemons
+
+
+class Nursery:
+    """The loop of the nursery process. `run()` returns None at its end, and in each forked child what to run there."""
+
+    def __init__(self, control: Connection, host: int) -> None:
+        self.control, self.host = control, host
+        self.selector = selectors.DefaultSelector()
+        self.children: dict[int, _Child] = {}
+        self.dispatchers: dict[int, _Child] = {}            # by job, until it and its daemons have ended
+        self.to_fork: deque[tuple[_Child, tuple[int, int], Mapping[str, Any]]] = deque()
+        self.to_kill: list[tuple[float, int]] = []          # when, process id
+        self.wake, wakeup = socket.socketpair()
+        for sock in (self.wake, wakeup):
+            sock.setblocking(False)
+        self.wakeup = wakeup
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.selector.register(self.wake, selectors.EVENT_READ, lambda: self.wake.recv(4096))
+        self.selector.register(control, selectors.EVENT_READ, self._from_host)
+        self.become: Callable[[], int] | None = None
+        self.ending = False
+        self._watch_host()
+
+    # -- the loop
+
+    def run(self) -> Callable[[], int] | None:
+        while not self.ending:
+            for key, _ in self.selector.select(self._timeout()):
+                key.data()
+                if self.become is not None:
+                    return self.become
+            if self.to_fork:
+                self._fork_daemon(*self.to_fork.popleft())
+                if self.become is not None:
+                    return self.become
+            self._reap()
+            self._kill_due()
+            if os.getppid() != self.host:
+                self.ending = True
+        self._end()
+        return None
+
+    def _timeout(self) -> float | None:
+        if self.to_fork:
+            return 0.0
+        if self.to_kill:
+            return max(0.0, min(self.to_kill)[0] - time.monotonic())
+        return None if self.watches else 0.1
+
+    def _watch_host(self) -> None:
+        """The end of the control pipe is not enough: a child that the host forked may hold it open."""
+        self.watches = False
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                self.selector.register(os.pidfd_open(self.host), selectors.EVENT_READ, self._host_ended)
+                self.watches = True
+
+    def _host_ended(self) -> None:
+        self.ending = True
+
+    def _end(self) -> None:
+        for child in self.children.values():
+            _kill_group(child.pid)
+        for dispatcher in self.dispatchers.values():
+            self._remove_files(dispatcher)
+
+    def _remove_files(self, dispatcher: _Child) -> None:
+        for path in dispatcher.files:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    # -- requests
+
+    def _from_host(self) -> None:
+        self.control.receive()
+        while (message := self.control.decoder.pop()) is not None:
+            content = decode_json(message)
+            if message.kind == Kind.START:
+                self._start_dispatcher(message.id, content)
+                if self.become is not None:
+                    return
+            elif message.kind == Kind.SIGNAL and message.id in self.dispatchers:
+                _kill_group(self.dispatchers[message.id].pid)
+        if self.control.ended:
+            self.ending = True
+
+    def _from_dispatcher(self, child: _Child) -> None:
+        assert child.control is not None
+        child.control.receive()
+        while (message := child.control.decoder.pop()) is not None:
+            content = decode_json(message)
+            if message.kind == Kind.LISTENING:
+                child.files = content["files"]
+                self.control.send(encode_json(Kind.LISTENING, content, child.job))
+            elif message.kind == Kind.FORK:
+                spec = {**content["spec"], "url": content["url"]}
+                self.to_fork.extend((child, tuple(launch), spec) for launch in content["launches"])
+            elif message.kind == Kind.SIGNAL:
+                self._signal(child.job, content["pid"], content["signal"])
+        if child.control.ended:
+            self.selector.unregister(child.control)
+            child.control.close()
+            child.control = None
+
+    def _signal(self, job: int, pid: int, signum: int) -> None:
+        child = self.children.get(pid)      # not yet reaped, so the number is still its own
+        if child is None or child.job != job:
+            return
+        if signum == signal.SIGKILL:
+            _kill_group(pid)
+        else:
+            os.kill(pid, signum)
+
+    # -- starting
+
+    def _start_dispatcher(self, job: int, spec: Mapping[str, Any]) -> None:
+        control, theirs = socket.socketpair()
+        page = mmap.mmap(-1, SLOTS * SLOT_WORDS * 8)        # anonymous and shared: what is forked from here has it
+        words = memoryview(page).cast("Q")
+        child = self._fork("dispatcher", job, theirs,
+                           lambda: Dispatcher(spec, Connection(theirs), words).run())
+        if child is None:
+            control.detach()
+            return
+        theirs.close()
+        child.page, child.control, child.key = words, Connection(control), spec["key"]
+        self.dispatchers[job] = child
+        self.selector.register(child.control, selectors.EVENT_READ, functools.partial(self._from_dispatcher, child))
+
+    def _fork_daemon(self, dispatcher: _Child, launch: tuple[int, int], spec: Mapping[str, Any]) -> None:
+        if dispatcher.control is None:
+            return
+        try:
+            child = self._fork("daemon", dispatcher.job, None, functools.partial(
+                _local_daemon, spec, dispatcher.key, launch, dispatcher.page))
+        except OSError as error:
+            self._report(dispatcher, launch, 0, 1, f"it could not be forked: {error}")
+            return
+        if child is not None:
+            child.launch = launch
+
+    def _fork(self, role: str, job: int, keep: socket.socket | None, run: Callable[[], int]) -> _Child | None:
+        """A child in a session of its own, its stderr kept; None in the child itself, which then runs `become`."""
+        words, stderr = os.pipe()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(words)
+            os.close(stderr)
+            raise
+        if pid == 0:
+            self._enter_child(keep, stderr)
+            self.become = run
+            return None
+        os.close(stderr)
+        os.set_blocking(words, False)
+        child = self.children[pid] = _Child(role, job, pid, words)
+        self.selector.register(words, selectors.EVENT_READ, functools.partial(self._keep_words, child))
+        return child
+
+    def _enter_child(self, keep: socket.socket | None, stderr: int) -> None:
+        """Leaves everything of the nursery's behind: an inherited descriptor would hide a sibling's end."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        os.dup2(stderr, 2)
+        self.selector.close()
+        for sock in (self.control.sock, self.wake, self.wakeup):
+            sock.detach()
+        for child in self.children.values():
+            if child.control is not None:
+                child.control.sock.detach()
+        kept = 2 if keep is None else keep.fileno()
+        os.closerange(3, kept)
+        os.closerange(max(3, kept + 1), max_descriptor())
+
+    # -- ending
+
+    def _keep_words(self, child: _Child) -> None:
+        try:
+            data = os.read(child.words, READ_SIZE)
+        except BlockingIOError:
+            return
+        child.tail = (child.tail + data)[-LAST_WORDS:]
+        if not data:
+            self.selector.unregister(child.words)
+            os.close(child.words)
+            child.words = -1
+
+    def _reap(self) -> None:
+        """Buries the dead. Their process groups are killed while they are zombies: the number is still theirs."""
+        while self.children:
+            if hasattr(os, "waitid"):
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if dead is None:
+                    return
+                _kill_group(dead.si_pid)
+                pid, status = os.waitpid(dead.si_pid, 0)
+            else:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+            child = self.children.pop(pid, None)
+            if child is not None:
+                self._ended(child, os.waitstatus_to_exitcode(status))
+
+    def _ended(self, child: _Child, status: int) -> None:
+        while child.words >= 0:
+            size = len(child.tail)
+            self._keep_words(child)
+            if child.words >= 0 and len(child.tail) == size:    # a child of its own holds the pipe open
+                self.selector.unregister(child.words)
+                os.close(child.words)
+                child.words = -1
+        dispatcher = self.dispatchers[child.job]
+        if child.role == "daemon":
+            self._report(dispatcher, child.launch, child.pid, status, child.tail.decode(errors="replace"))
+        else:
+            child.status = status
+            due = time.monotonic() + GRACE
+            self.to_kill += [(due, other.pid) for other in self.children.values() if other.job == child.job]
+        if dispatcher.status is not None and not any(c.job == child.job for c in self.children.values()):
+            self._finish(dispatcher)
+
+    def _finish(self, dispatcher: _Child) -> None:
+        """A dispatcher and all that belongs to it have ended: the host may know."""
+        del self.dispatchers[dispatcher.job]
+        self._remove_files(dispatcher)
+        if dispatcher.control is not None:
+            self.selector.unregister(dispatcher.control)
+            dispatcher.control.close()
+        self.control.send(encode_json(Kind.ENDED, {
+            "pid": dispatcher.pid, "status": dispatcher.status,
+            "words": dispatcher.tail.decode(errors="replace")}, dispatcher.job))
+
+    def _report(self, dispatcher: _Child, launch: tuple[int, int], pid: int, status: int, words: str) -> None:
+        if dispatcher.control is not None:
+            with contextlib.suppress(OSError):      # it has ended, which is noticed next
+                dispatcher.control.send(encode_json(Kind.ENDED, {
+                    "slot": launch[0], "serial": launch[1], "pid": pid, "status": status, "words": words}))
+
+    def _kill_due(self) -> None:
+        now = time.monotonic()
+        for when, pid in self.to_kill:
+            if when <= now and pid in self.children:
+                _kill_group(pid)
+        self.to_kill = [(when, pid) for when, pid in self.to_kill if when > now]
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)        # it may not have got as far as its own session
+
+
+def max_descriptor() -> int:
+    """One more than the largest descriptor this process can have open."""
+    import resource
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if limit in (resource.RLIM_INFINITY, -1) or limit > 1 << 20:
+        with contextlib.suppress(OSError):
+            return max(map(int, os.listdir("/dev/fd"))) + 1
+    return min(limit, 1 << 20)
+
+
+def _local_daemon(spec: Mapping[str, Any], key: str, launch: tuple[int, int], page: memoryview) -> int:
+    """A daemon's life in a child of the nursery: in the host's environment, directory, path and limits."""
+    import faulthandler
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # until there is a task, the page says what is cancelled
+    os.environ.clear()
+    os.environ.update(spec["env"])
+    if spec["cwd"]:
+        os.chdir(spec["cwd"])
+    sys.path[:] = spec["path"]
+    if spec["nofile"]:
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spec["nofile"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    connection = dial(spec["url"], bytes.fromhex(key), "daemon", {"slot": launch[0], "serial": launch[1]})
+    options = {name: spec["options"].get(name, math.inf) for name in ("idletime", "walltime", "maxtasks")}
+    return _Daemon(_PageInbox(connection, page, launch[0]), **options).run()
+
+
+def nursery_main(host: int) -> int:
+    """The nursery process, its control pipe on descriptor 0."""
+    import resource
+    os.setsid()
+    for signum in (signal.SIGINT, signal.SIGHUP):       # the terminal's, for the host: it tells us by ending
+        signal.signal(signum, signal.SIG_IGN)
+    control = socket.socket(fileno=os.dup(0))
+    devnull = os.open(os.devnull, os.O_RDWR)
+    os.dup2(devnull, 0)
+    os.closerange(3, control.fileno())
+    os.closerange(control.fileno() + 1, max_descriptor())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    sweep_runtime_dir()
+    gc.freeze()
+    nursery = Nursery(Connection(control), host)
+    become = nursery.run()
+    return 0 if become is None else become()
+
+
+class NurseryHandle:
+    """The host's end: starts the nursery process, asks for dispatchers, hears of their ends. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs = itertools.count(1)
+        self._listening: dict[int, Mapping[str, Any]] = {}
+        self._ended: dict[int, Mapping[str, Any]] = {}
+        self.pid, self.connection = self._spawn()
+
+    def _spawn(self) -> tuple[int, Connection]:
+        if not sys.executable:
+            raise LaunchError("sys.executable is empty, so that no other Python process can be started")
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, *_interpreter_flags(), "-c", _NURSERY_COMMAND, __name__, os.path.abspath(__file__),
+                   str(os.getpid())]
+        with theirs:
+            pid = os.posix_spawn(sys.executable, command, os.environ, setsigmask=[], file_actions=[
+                (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
+        ours.setblocking(False)
+        return pid, Connection(ours)
+
+    def start(self, spec: Mapping[str, Any]) -> tuple[int, str]:
+        """A dispatcher: its job number, and the URL it listens at. LaunchError where there will be none."""
+        job = next(self._jobs)
+        self._send(encode_json(Kind.START, spec, job))
+        self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
+        if job not in self._listening:
+            raise LaunchError(f"the dispatcher did not start; {self.describe_end(job, 0.0)}")
+        return job, self._listening.pop(job)["url"]
+
+    def kill(self, job: int) -> None:
+        with contextlib.suppress(OSError):
+            self._send(encode_json(Kind.SIGNAL, {}, job))
+
+    def wait_ended(self, job: int, timeout: float) -> bool:
+        """Whether the dispatcher and all its local daemons have ended."""
+        self._read_until(lambda: job in self._ended, timeout)
+        return job in self._ended or self.connection.ended
+
+    def describe_end(self, job: int, timeout: float) -> str:
+        self._read_until(lambda: job in self._ended, timeout)
+        report = self._ended.get(job)
+        if report is None:
+            return "the nursery process is gone" if self.connection.ended else "the nursery does not answer"
+        return describe_loss(f"the dispatcher (process {report['pid']})", describe_exit(report["status"]), report["words"])
+
+    def _send(self, frame: bytes) -> None:
+        with self._lock:
+            done = self.connection.send(frame)
+            deadline = time.monotonic() + CLOSE_TIME
+            while not done and time.monotonic() < deadline:
+                wait_ready([self.connection.fileno()], deadline - time.monotonic(), write=True)
+                done = self.connection.flush()
+
+    def _read_until(self, done: Callable[[], bool], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not done() and not self.connection.ended:
+            left = deadline - time.monotonic()
+            if left < 0:
+                return
+            wait_ready([self.connection.fileno()], min(left, 0.05))     # another thread may read what we wait for
+            with self._lock:
+                self.connection.receive()
+                for message in self.connection.decoder:
+                    known = self._listening if message.kind == Kind.LISTENING else self._ended
+                    known[message.id] = decode_json(message)
+
+    def alive(self) -> bool:
+        if self.connection.ended:
+            return False
+        with self._lock:
+            if wait_ready([self.connection.fileno()], 0):
+                self.connection.receive()
+        return not self.connection.ended
+
+    def close(self) -> None:
+        """Ends the nursery, which ends all that is left, and waits for it."""
+        with contextlib.suppress(OSError):
+            self.connection.sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + CLOSE_TIME
+        while not self.connection.ended and time.monotonic() < deadline:
+            wait_ready([self.connection.fileno()], deadline - time.monotonic())
+            self.connection.receive()
+        self.connection.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0 if self.connection.ended else os.WNOHANG)
+
+    def forget(self) -> None:
+        """In a forked child of the host: the pipe is the parent's."""
+        self.connection.close()
+
+
+def _interpreter_flags() -> list[str]:
+    """The host's own interpreter options that the environment does not carry."""
+    flags = sys.flags
+    options = [("-I", flags.isolated), ("-E", flags.ignore_environment and not flags.isolated), ("-s", flags.no_user_site),
+               ("-O", flags.optimize == 1), ("-OO", flags.optimize == 2), ("-B", flags.dont_write_bytecode)]
+    return [option for option, given in options if given] + (["-X", "utf8"] if flags.utf8_mode else [])
+
+
+# ======================================================================
+# 11. Mirai: the future
+# ======================================================================
+# Knows:  outcomes, waiting threads and event loops; of its link, only what `_Owner` names.
+# Never:  profiles, wire, processes.      Thread: any.
+# Rule:   resolves once; the outcome is kept as bytes until somebody looks at it.
+
+
+class _Owner:
+    """What a mirai needs of the link that will resolve it. `condition` is shared by all its mirais, its lock reentrant."""
+
+    condition: threading.Condition
+
+    def wait(self, m: Mirai, deadline: float | None) -> bool:
+        """Blocks until `m` is done or the deadline has passed; says whether it is done."""
+        raise NotImplementedError
+
+    def cancel(self, m: Mirai, error: ErrorValue) -> bool:
+        """Resolves `m` with `error` and calls the work off; False where it had resolved."""
+        raise NotImplementedError
+
+    def watched(self) -> None:
+        """Somebody waits by other means than `wait()`: a callback, `as_completed`, another thread's event."""
+        raise NotImplementedError
+
+    def call_back(self, m: Mirai) -> None:
+        """Runs the callbacks of `m`, in a thread where they hold up nobody."""
+        raise NotImplementedError
+
+    def add_loop(self, loop: Any) -> None:
+        """An event loop begins to wait, and reads for itself where it can; `remove_loop` ends it."""
+        raise NotImplementedError
+
+    def remove_loop(self, loop: Any) -> None:
+        raise NotImplementedError
+
+
+class Mirai(FutureOfAny):
+    """A future for one task: a `concurrent.futures.Future` that can be awaited, and R's mirai.
+
+    R's surface never raises for a task that failed: `m.data` is the value, an `ErrorValue`, or `UNRESOLVED`;
+    `m[:]` waits for it. Python's surface does: `m.result(timeout=None)`, `m.exception(timeout=None)`, `await m`
+    raise the task's own exception from a `MiraiError` that has the daemon's traceback.
+    """
+
+    # A stock Future costs seven times as much to make: here the state is the class's until it changes, the
+    # condition is the owner's, and the lists for waiters and callbacks are made when first touched.
+    _state = _futures.PENDING
+    _outcome: bytes | None = None       # as it came, until somebody looks
+    _value: Any = UNRESOLVED            # the value or the error value, once looked at
+    _failed = False
+    __iter__ = None                     # `m[:]` would otherwise make it iterable, for ever
+
+    def __init__(self, id: int, owner: _Owner) -> None:
+        self.id = id
+        self._owner = owner
+
+    @property
+    def _condition(self) -> threading.Condition:    # type: ignore[override]
+        return self._owner.condition
+
+    def __getattr__(self, name: str) -> Any:
+        """Only for what `Future.__init__` would have made."""
+        if name in ("_waiters", "_done_callbacks"):
+            made = self.__dict__.setdefault(name, [])
+            self._owner.watched()
+            return made
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # -- resolving, by the owner
+
+    def settle(self, outcome: bytes | ErrorValue) -> bool:
+        """Resolves it, the condition's lock held; False where it had resolved. Runs no user code."""
+        if self._state in (_futures.FINISHED, _futures.CANCELLED_AND_NOTIFIED):
+            return False
+        if isinstance(outcome, bytes):
+            self._outcome = outcome
+        else:
+            self._value, self._failed = outcome, True
+        cancelled = isinstance(outcome, MiraiCancelled)
+        self._state = _futures.CANCELLED_AND_NOTIFIED if cancelled else _futures.FINISHED
+        mine = self.__dict__
+        for waiter in mine.get("_waiters", ()):
+            (waiter.add_cancelled if cancelled else waiter.add_exception if self._failed else waiter.add_result)(self)
+        if mine.get("_done_callbacks"):
+            self._owner.call_back(self)
+        return True
+
+    def _look(self) -> Any:
+        """The value or error value of a resolved mirai. Whoever is first rebuilds it, outside the lock: that runs
+        user code; of two at once the first to finish decides."""
+        outcome = self._outcome
+        if outcome is not None:
+            value, success = load_outcome(outcome)
+            with self._owner.condition:
+                if self._outcome is not None:
+                    self._value, self._failed = value, not success
+                    self._outcome = None
+        return self._value
+
+    # -- R's surface
+
+    @property
+    def data(self) -> Any:
+        """The value, the error value, or `UNRESOLVED`; never waits, never raises for a task that failed."""
+        return self._look() if self.done() else UNRESOLVED
+
+    def __getitem__(self, key: slice) -> Any:
+        """`m[:]` waits for the value or the error value."""
+        if key != slice(None):
+            raise TypeError("a mirai has one value: m[:] waits for it")
+        self._owner.wait(self, None)
+        return self._look()
+
+    def __repr__(self) -> str:
+        return f"<mirai {self.id}: {'resolved' if self.done() else 'unresolved'}>"
+
+    # -- Python's surface
+
+    def done(self) -> bool:
+        return self._state in (_futures.FINISHED, _futures.CANCELLED_AND_NOTIFIED)
+
+    def cancelled(self) -> bool:
+        return self._state == _futures.CANCELLED_AND_NOTIFIED
+
+    def running(self) -> bool:
+        """False: where a task is in the queue, the host does not ask."""
+        return False
+
+    def cancel(self) -> bool:
+        """Resolves it as `MiraiCancelled` at once and interrupts the task; False where it had resolved before."""
+        return self._owner.cancel(self, MiraiCancelled("cancelled"))
+
+    def _settled(self, timeout: float | None) -> Any:
+        """Waits, then the value or error value; a cancelled one raises, as `Future` does."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self.done() and not self._owner.wait(self, deadline):
+            raise concurrent.futures.TimeoutError(f"mirai {self.id} did not resolve within {timeout} s")
+        value = self._look()
+        if isinstance(value, MiraiCancelled) and self._failed:
+            raise value.with_traceback(None)
+        return value
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The value; raises what the task raised. `timeout`: seconds to wait (None: no limit), then TimeoutError."""
+        value = self._settled(timeout)
+        if not self._failed:
+            return value
+        original = getattr(value, "original", None)
+        if original is None:
+            raise value.with_traceback(None)
+        raise original.with_traceback(None) from value
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What `result()` would raise, None where it would not; a cancelled one raises `MiraiCancelled`."""
+        value = self._settled(timeout)
+        if not self._failed:
+            return None
+        original: BaseException | None = getattr(value, "original", None)
+        if original is None:
+            return value            # type: ignore[no-any-return]
+        original.__cause__ = value
+        return original
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        """Waits on the running event loop, which reads the socket itself; its being cancelled cancels the task."""
+        if not self.done():
+            yield from self._await()
+        return self.result()
+
+    def _await(self) -> Generator[Any, None, None]:
+        import asyncio
+        if asyncio.TimeoutError not in MiraiTimeout.__mro__:        # until 3.10 a class of its own, and slow to import
+            MiraiTimeout.__bases__ += (asyncio.TimeoutError,)
+        loop = asyncio.get_running_loop()
+        waiter = _LoopWaiter(loop)
+        with self._condition:
+            if self.done():
+                return
+            self.__dict__.setdefault("_waiters", []).append(waiter)
+        self._owner.add_loop(loop)
+        try:
+            yield from waiter.future
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            self._owner.remove_loop(loop)
+
+
+class _LoopWaiter:
+    """A waiter, as `concurrent.futures` has them, that wakes an asyncio future."""
+
+    def __init__(self, loop: Any) -> None:
+        self.loop, self.future = loop, loop.create_future()
+        self.thread = threading.get_ident()
+
+    def add_result(self, _: Any) -> None:
+        if threading.get_ident() == self.thread:
+            self._wake()
+        else:
+            with contextlib.suppress(RuntimeError):     # that loop was closed, and nobody waits on it any more
+                self.loop.call_soon_threadsafe(self._wake)
+
+    add_exception = add_cancelled = add_result
+
+    def _wake(self) -> None:
+        if not self.future.done():
+            self.future.set_result(None)
+
+
+# ======================================================================
+# 12. Link: the host's end of the wire
+# ======================================================================
+# Knows:  one connection to a dispatcher, the mirais that are under way on it.
+# Never:  what daemons are, user code.
+# Rule:   whoever waits reads. A thread of the link's own reads where nobody else does, and minds the timeouts.
+#         `reading` is held by whoever reads; `condition`'s lock guards the mirais' states; sends have their own.
+
+_callbacks: Any = None      # the queue of the one thread that runs callbacks
+
+
+def _run_callbacks(queue: Any) -> None:
+    while True:
+        queue.get()._invoke_callbacks()
+
+
+class Link(_Owner):
+    """The host's end of its connection to a dispatcher. `describe_end` says how that ended, when it has."""
+
+    def __init__(self, connection: Connection, describe_end: Callable[[], str]) -> None:
+        self.connection = connection
+        connection.sock.setblocking(False)
+        self.describe_end = describe_end
+        self.condition = threading.Condition(threading.RLock())
+        self.lock = self.condition._lock        # type: ignore[attr-defined]  # a C lock: no signal falls into its `with`
+        self.reading = threading.Lock()
+        self.sending = threading.Lock()
+        self.pending: dict[int, Mirai] = {}
+        self.deadlines: list[tuple[float, int, Mirai]] = []
+        self.counts = (0, 0, 0, 0, 0)
+        self.completed = 0
+        self.launch_error: str | None = None    # why launching was given up
+        self.closed: str | None = None          # why the link takes no more tasks
+        self.reads = 0                          # grows with each read by a waiter: the thread can doze
+        self.sleepers = 0                       # threads that wait while another reads
+        self.loops: dict[Any, int] = {}         # event loops that read, and for how many waiters
+        self.eager = False                      # somebody depends on the thread's reading
+        self.prompt = threading.Event()         # ends its doze
+        self.nudged, self.nudge = os.pipe()     # ends its poll
+        self.wakened, self.waken = os.pipe()    # ends a waiter's poll
+        for fd in (self.nudged, self.nudge, self.wakened, self.waken):
+            os.set_blocking(fd, False)
+        self.thread = threading.Thread(target=self._mind, name="mirai-link", daemon=True)
+        self.thread.start()
+
+    # -- sending
+
+    def submit(self, m: Mirai, payload: bytes, retries: int, timeout: float | None) -> None:
+        """Sends a task; MiraiConnectionReset where the dispatcher is gone."""
+        if self.closed is not None:
+            raise MiraiConnectionReset(self.closed)
+        self.pending[m.id] = m
+        try:
+            self._send(encode(Kind.TASK, m.id, payload, min(retries, 65535)))
+        except BaseException:
+            if self.pending.pop(m.id, None) is not None and self.closed is not None:
+                raise MiraiConnectionReset(self.closed) from None
+            raise
+        if timeout is not None:
+            with self.lock:
+                heapq.heappush(self.deadlines, (time.monotonic() + timeout, m.id, m))
+                first = self.deadlines[0][2] is m
+            if first:
+                self._prompt()
+
+    def _send(self, frame: bytes) -> None:
+        with self.sending:
+            try:
+                done = self.connection.send(frame)
+                while not done:     # as long as it takes: a dispatcher that is stopped is slow, not dead
+                    wait_ready([self.connection.fileno()], None, write=True)
+                    done = self.connection.flush()
+            except OSError:
+                self._end()
+                raise
+
+    def launch(self, n: int, spec: Mapping[str, Any]) -> None:
+        self.launch_error = None
+        self._send(encode_json(Kind.LAUNCH, {"n": n, "spec": spec}))
+
+    # -- reading
+
+    def _read(self) -> None:
+        """Takes what is there, `reading` held. No user code runs here."""
+        self.connection.receive()
+        self._take()
+
+    def _take(self) -> None:
+        with self.lock:
+            for kind, id, _, payload in self.connection.decoder:
+                m = self.pending.get(id)
+                if kind == Kind.RESULT:
+                    if m is not None:
+                        self._resolve(m, payload)
+                elif kind == Kind.COUNTS:
+                    self.counts = COUNTS.unpack(payload)
+                elif kind == Kind.LOST:
+                    if m is not None:
+                        report = json.loads(payload)
+                        self._resolve(m, (LaunchError if report["launch"] else MiraiConnectionReset)(report["text"]))
+                elif kind == Kind.NO_LAUNCH:
+                    self.launch_error = json.loads(payload)["text"]
+            if self.connection.ended:
+                self._end()
+            if self.sleepers:
+                self.condition.notify_all()
+
+    def _resolve(self, m: Mirai, outcome: bytes | ErrorValue) -> bool:
+        """Settled first and forgotten after: an interrupt in between repeats it, which changes nothing."""
+        settled = m.settle(outcome)
+        if self.pending.pop(m.id, None) is not None:
+            self.completed += 1
+        return settled
+
+    def _end(self) -> None:
+        """The connection is gone, and with it what was under way."""
+        with self.lock:
+            if self.closed is None:
+                self.closed = (f"the connection to the dispatcher has ended: {self.describe_end()}; "
+                               "daemons(n) sets new ones")
+            for m in list(self.pending.values()):
+                self._resolve(m, MiraiConnectionReset(self.closed))
+            self.counts = (0, *self.counts[1:2], 0, 0, self.counts[4])
+            self.condition.notify_all()
+
+    # -- waiting
+
+    def wait(self, m: Mirai, deadline: float | None) -> bool:
+        return self.wait_for(m.done, deadline)
+
+    def wait_for(self, done: Callable[[], bool], deadline: float | None) -> bool:
+        """Blocks until `done()`, which the arrival of a message makes true; says whether it is."""
+        while not done():
+            if self.closed is not None:
+                with self.lock:         # what was under way is being resolved
+                    return done()
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            if self.reading.acquire(blocking=False):
+                try:
+                    self._read_until(done, deadline)
+                finally:
+                    self.reading.release()
+                    self._hand_over()
+            else:
+                self._sleep_until(done, deadline)
+        return True
+
+    def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
+        fds = (self.connection.fileno(), self.wakened)
+        self._take()                    # what an interrupted reader left behind
+        while not done() and self.closed is None:
+            ready = wait_ready(fds, None if deadline is None else deadline - time.monotonic())
+            self.reads += 1
+            if not ready:
+                return
+            if self.wakened in ready:
+                os.read(self.wakened, 4096)
+            if self.connection.fileno() in ready:
+                self._read()
+
+    def _sleep_until(self, done: Callable[[], bool], deadline: float | None) -> None:
+        """Another reads: sleeps until it has taken something, or has left the reading to us."""
+        with self.condition:
+            if done() or not self.reading.locked():
+                return
+            self.sleepers += 1
+            try:
+                self.condition.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            finally:
+                self.sleepers -= 1
+
+    def _hand_over(self) -> None:
+        """A reader has left: one of those asleep reads on."""
+        if self.sleepers:
+            with self.condition:
+                self.condition.notify()
+
+    def _rouse(self) -> None:
+        """Something was resolved without a message: all who wait look again."""
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self.waken, b"w")
+        with self.condition:
+            self.condition.notify_all()
+
+    # -- the link's own thread
+
+    def _mind(self) -> None:
+        """Reads where nobody else does, and expires timeouts. It leaves a waiter (or loop) alone that was reading
+        within the last DOZE seconds, and sleeps in `poll` where there is none."""
+        dozing = waited = False
+        try:
+            while self.closed is None:
+                reads, timeout = self.reads, self._expire()
+                if dozing and not self.eager:
+                    self.prompt.wait(min(timeout, DOZE))
+                    self.prompt.clear()
+                    dozing = self.reads != reads
+                    waited = not dozing
+                    continue
+                ready = wait_ready((self.connection.fileno(), self.nudged), timeout if timeout < 1e6 else None)
+                if self.nudged in ready:
+                    os.read(self.nudged, 4096)
+                if self.connection.fileno() in ready:
+                    dozing = not self._read_in_turn(waited or not self.loops)
+                    waited = False
+        except (OSError, ValueError):
+            if self.closed is None:
+                raise                   # not by `close()`, which takes the descriptors away: a defect to be seen
+
+    def _read_in_turn(self, may: bool) -> bool:
+        """Reads unless somebody else does. `may`: no event loop is about to, or one has been given its time."""
+        if not (may or self.eager) or not self.reading.acquire(blocking=False):
+            return False
+        try:
+            self._read()
+        finally:
+            self.reading.release()
+            self._hand_over()
+        return True
+
+    def _expire(self) -> float:
+        """Resolves what is overdue; seconds until the next is."""
+        now = time.monotonic()
+        overdue = []
+        with self.lock:
+            self.eager = self.eager and bool(self.pending)
+            while self.deadlines and (self.deadlines[0][0] <= now or self.deadlines[0][2].done()):
+                overdue.append(heapq.heappop(self.deadlines)[2])
+            left = self.deadlines[0][0] - now if self.deadlines else math.inf
+        for m in overdue:
+            self.cancel(m, MiraiTimeout("the mirai did not resolve within its _timeout"))
+        return left
+
+    def _prompt(self) -> None:
+        """The thread is to look again, whatever it is doing."""
+        self.prompt.set()
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self.nudge, b"n")
+
+    # -- what a mirai asks for
+
+    def cancel(self, m: Mirai, error: ErrorValue) -> bool:
+        with self.lock:
+            if not self._resolve(m, error):
+                return False
+        if self.closed is None:
+            with contextlib.suppress(OSError):
+                self._send(encode(Kind.CANCEL, m.id))
+        self._rouse()
+        return True
+
+    def watched(self) -> None:
+        if not self.eager:
+            self.eager = True
+            self._prompt()
+
+    def call_back(self, m: Mirai) -> None:
+        global _callbacks
+        if _callbacks is None:
+            import queue
+            _callbacks = queue.SimpleQueue()
+            threading.Thread(target=_run_callbacks, args=(_callbacks,), name="mirai-callbacks", daemon=True).start()
+        _callbacks.put(m)
+
+    def add_loop(self, loop: Any) -> None:
+        with self.lock:
+            count = self.loops[loop] = self.loops.get(loop, 0) + 1
+        if count == 1 and self.closed is None:
+            try:
+                loop.add_reader(self.connection.fileno(), self._read_on_loop)
+            except NotImplementedError:         # Windows' default loop: the thread reads
+                self.watched()
+
+    def remove_loop(self, loop: Any) -> None:
+        with self.lock:
+            self.loops[loop] -= 1
+            if self.loops[loop]:
+                return
+            del self.loops[loop]
+        if self.connection.fileno() >= 0:
+            with contextlib.suppress(NotImplementedError):
+                loop.remove_reader(self.connection.fileno())
+
+    def _read_on_loop(self) -> None:
+        self.reads += 1
+        if self.reading.acquire(blocking=False):
+            try:
+                self._read()
+            finally:
+                self.reading.release()
+                self._hand_over()
+
+    # -- ending
+
+    def close(self, why: str) -> None:
+        """Ends the connection on purpose; what is under way becomes a 19 that says `why`."""
+        with self.lock:
+            self.closed = self.closed or why
+            self._end()
+        self._prompt()
+        self._rouse()
+        with contextlib.suppress(OSError):
+            self.connection.sock.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self.thread:
+            self.thread.join(CLOSE_TIME)
+        with self.reading, self.sending:
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        self.connection.close()
+        for fd in (self.nudged, self.nudge, self.wakened, self.waken):
+            os.close(fd)
+
+    def forget(self) -> None:
+        """In a forked child of the host, whose threads and connections stayed behind: nothing comes any more.
+        The locks may be held by threads that do not exist here, and are made anew."""
+        self.condition = threading.Condition(threading.RLock())
+        self.lock = self.condition._lock        # type: ignore[attr-defined]
+        self.reading, self.sending = threading.Lock(), threading.Lock()
+        self.closed = "the host process was forked; its daemons are its parent's"
+        self._end()
+        self._close_descriptors()
+
+
+# ======================================================================
+# 13. Profiles: daemons, status, the current profile
+# ======================================================================
+# Knows:  dispatchers to start, links, the host's environment.
+# Never:  scheduling rules, frames.       Thread: any; `_setting` is held while a profile is set or reset.
+
+Info = collections.namedtuple("Info", "connections cumulative awaiting executing completed")
+
+_setting = threading.RLock()
+_profiles: dict[str, _Profile] = {}
+_ephemeral: list[_Profile] = []                 # the one that runs tasks where no daemons are set
+_nursery: list[NurseryHandle] = []              # the one of this process
+_current: contextvars.ContextVar[str] = contextvars.ContextVar("mirai_profile", default="default")
+_MISSING: Any = object()
+_THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+                  "VECLIB_MAXIMUM_THREADS")
+
+
+class _Profile:
+    """A set of daemons: their dispatcher, and the link to it."""
+
+    def __init__(self, name: str, url: str | None, key: bytes, elastic: bool) -> None:
+        self.name = name
+        self.nursery = _get_nursery()
+        self.job, self.url = self.nursery.start({"url": url or local_url(), "key": key.hex(), "elastic": elastic})
+        self.link = Link(dial(self.url, key, "host", {}), lambda: self.nursery.describe_end(self.job, 1.0))
+        self.path = list(sys.path)      # what its daemons have: a task is sent the host's where that has changed
+        self.spec: Mapping[str, Any] = {}
+
+    def launch(self, n: int, options: Mapping[str, Any]) -> None:
+        """Adds n local daemons; returns when they are ready. LaunchError with their last words where they won't be."""
+        link = self.link
+        wanted = link.counts[0] + n
+        link.launch(n, _daemon_spec(n, options))
+        link.wait_for(lambda: link.counts[0] >= wanted or link.launch_error is not None,
+                      time.monotonic() + START_TIME + n)
+        if link.counts[0] < wanted:
+            raise LaunchError(link.launch_error or link.closed or f"{n} daemons were not ready in {START_TIME + n:.0f} s")
+
+    def refresh(self) -> None:
+        """For processes still to come, today's environment and directory."""
+        spec = _daemon_spec(1, {"maxtasks": 1})
+        if spec != self.spec:
+            self.link.launch(0 if self.spec else EPHEMERAL_PER_CPU * cpu_count(), spec)
+            self.spec = spec
+
+    def close(self) -> None:
+        """Ends the dispatcher and its daemons, and waits for that."""
+        self.link.close(f"the daemons of profile {self.name!r} were reset")
+        if not self.nursery.wait_ended(self.job, CLOSE_TIME):
+            self.nursery.kill(self.job)
+            self.nursery.wait_ended(self.job, CLOSE_TIME)
+
+
+def _get_nursery() -> NurseryHandle:
+    if _nursery and not _nursery[0].alive():
+        _nursery.pop().close()
+    if not _nursery:
+        if not _here.get("hooks"):
+            _here["hooks"] = True
+            atexit.register(_at_exit)
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=_after_fork)
+        _nursery.append(NurseryHandle())
+    return _nursery[0]
+
+
+def _at_exit() -> None:
+    """The host ends: promptly, and with all that it started."""
+    for profile in [*_profiles.values(), *_ephemeral]:
+        profile.link.close("the host process ended")
+    _profiles.clear()
+    _ephemeral.clear()
+    while _nursery:
+        _nursery.pop().close()
+
+
+def _after_fork() -> None:
+    """A forked child of the host sees no daemons set, and leaves its parent's connections alone."""
+    global _setting, _callbacks
+    _setting, _callbacks = threading.RLock(), None
+    for profile in [*_profiles.values(), *_ephemeral]:
+        profile.link.forget()
+    for nursery in _nursery:
+        nursery.forget()
+    _profiles.clear()
+    _ephemeral.clear()
+    _nursery.clear()
+
+
+def _daemon_spec(n: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What local daemons are started with: the host's environment, directory, path and limits, as they are now."""
+    env = {name: value for name, value in os.environ.items() if name != "MIRAI_KEY"}
+    for name in _THREAD_LIMITS:
+        env.setdefault(name, str(max(1, cpu_count() // max(1, n))))
+    try:
+        cwd: str | None = os.getcwd()
+    except FileNotFoundError:       # it was removed: they stay where they are
+        cwd = None
+    nofile = None
+    with contextlib.suppress(ImportError):
+        import resource
+        nofile = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return {"env": env, "cwd": cwd, "path": sys.path, "nofile": nofile,
+            "options": {name: value for name, value in options.items() if value != math.inf}}
+
+
+def cpu_count() -> int:
+    """The CPUs that are really there: by affinity, cgroup quota and SLURM_CPUS_PER_TASK, whichever is least."""
+    counts = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
+        quota, period = file.read().split()
+        if quota != "max":
+            counts.append(math.ceil(int(quota) / int(period)))
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
+        quota_us = int(file.read())
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as period_file:
+            counts.append(math.ceil(quota_us / int(period_file.read())) if quota_us > 0 else counts[0])
+    with contextlib.suppress(KeyError, ValueError):
+        counts.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, min(counts))
+
+
+class Daemons:
+    """What `daemons()` returns: true where daemons are set. In a `with` statement its profile is the current one,
+    and is reset at the end."""
+
+    def __init__(self, compute: str, n: int) -> None:
+        self.compute = compute
+        self._set = n >= 0
+        self._tokens: list[contextvars.Token[str]] = []
+
+    def __bool__(self) -> bool:
+        return self._set and self.compute in _profiles
+
+    def __enter__(self) -> Daemons:
+        require_daemons(self.compute)
+        self._tokens.append(_current.set(self.compute))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._tokens.pop())
+        daemons(0, compute=self.compute)
+
+    def __repr__(self) -> str:
+        profile = _profiles.get(self.compute) if self else None
+        state = f"{profile.link.counts[0]} connected at {profile.url}" if profile else "none set"
+        return f"<daemons {self.compute!r}: {state}>"
+
+
+def daemons(n: int | str | None = _MISSING, url: str | None = None, *, key: str | bytes | None = None,
+            compute: str | None = None, **daemon_options: Any) -> Daemons:
+    """Sets n local daemons, persistent background processes that evaluate mirais; resets those set before.
+
+    n: how many (`"auto"`: `cpu_count()`); 0 or None ends them: what is unresolved becomes a
+    `MiraiConnectionReset`, and `mirai()` has processes of its own again. url: where the dispatcher listens,
+    `'tcp://127.0.0.1:0'` or `'ipc:///path'`, so that daemons can also be started by hand; with a url n may be
+    left out. key: what they prove themselves by, 64 hexadecimal digits or 32 bytes; random by default.
+    compute: the profile, an independent set of daemons; the current one by default. daemon_options: as for
+    `daemon()`: idletime, walltime, maxtasks.
+
+    Returns when the local daemons are ready: a `Daemons`, true when set, also for `with daemons(2): ...`.
+    Raises LaunchError with the daemons' last words where they can't be started; TypeError or ValueError for
+    arguments that make no sense; OSError where the url can't be listened at.
+    """
+    name = _current.get() if compute is None else compute
+    count = _check_n(n, url)
+    check_daemon_options(daemon_options)
+    if url is not None:
+        parse_url(url)
+    parsed = os.urandom(32) if key is None else parse_key(key)
+    with _setting:
+        if name in _profiles:
+            _profiles.pop(name).close()
+        if n == 0 or n is None:
+            return Daemons(name, -1)
+        profile = _Profile(name, url, parsed, elastic=False)
+        try:
+            if count:
+                profile.launch(count, daemon_options)
+        except BaseException:
+            profile.close()
+            raise
+        _profiles[name] = profile
+    return Daemons(name, count)
+
+
+def _check_n(n: Any, url: str | None) -> int:
+    if n is _MISSING:
+        if url is None:
+            raise TypeError("daemons() needs a number: daemons(4) sets four local daemons, daemons('auto') as many as "
+                            "there are CPUs; daemons(0) resets them, daemons(None) also ends those that would persist")
+        return 0
+    if n is None:
+        return 0
+    if n == "auto":
+        return cpu_count()
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n={n!r}: expected an integer, 'auto', or None")
+    if not 0 <= n <= SLOTS:
+        raise ValueError(f"n={n}: expected 0 (reset) to {SLOTS} daemons")
+    if n == 0 and url is not None:
+        raise ValueError("n=0 resets; to listen at a url without local daemons leave n out")
+    return n
+
+
+def _find(compute: str | None) -> _Profile | None:
+    return _profiles.get(_current.get() if compute is None else compute)
+
+
+def _ephemeral_profile() -> _Profile:
+    """For tasks where no daemons are set: processes that are begun with a task and end with it."""
+    with _setting:
+        if _ephemeral and (_ephemeral[0].link.closed is not None or _ephemeral[0].link.launch_error is not None):
+            _ephemeral.pop().close()
+        if not _ephemeral:
+            _ephemeral.append(_Profile("ephemeral", None, os.urandom(32), elastic=True))
+        _ephemeral[0].refresh()
+        return _ephemeral[0]
+
+
+def launch_local(n: int = 1, *, compute: str | None = None, **daemon_options: Any) -> int:
+    """Adds n local daemons to a profile that is set, and returns n when they are ready.
+
+    Raises RuntimeError where no daemons are set, and as `daemons()` does.
+    """
+    require_daemons(compute)
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= SLOTS:
+        raise ValueError(f"n={n!r}: expected an integer above 0")
+    check_daemon_options(daemon_options)
+    profile = _find(compute)
+    assert profile is not None
+    profile.launch(n, daemon_options)
+    return n
+
+
+def status(compute: str | None = None) -> dict[str, Any]:
+    """`connections` (daemons connected now), `daemons` (the URL they dial; 0 where none are set) and `mirai`, how
+    many are awaiting, executing and completed. Asks nobody: it is what the dispatcher said last, 20 ms ago at most."""
+    profile = _find(compute)
+    found = info(compute)
+    if profile is None or found is None:
+        return {"connections": 0, "daemons": 0}
+    return {"connections": found.connections, "daemons": profile.url,
+            "mirai": {"awaiting": found.awaiting, "executing": found.executing, "completed": found.completed}}
+
+
+def info(compute: str | None = None) -> Info | None:
+    """`connections, cumulative, awaiting, executing, completed`, as a named tuple; None where no daemons are set."""
+    profile = _find(compute)
+    if profile is None:
+        return None
+    link = profile.link
+    connections, cumulative, _, executing, _ = link.counts
+    unresolved = len(link.pending)
+    executing = min(executing, unresolved)
+    return Info(connections, cumulative, unresolved - executing, executing, link.completed)
+
+
+def daemons_set(compute: str | None = None) -> bool:
+    """Whether daemons are set for the profile."""
+    return _find(compute) is not None
+
+
+def require_daemons(compute: str | None = None) -> bool:
+    """True where daemons are set for the profile, RuntimeError that says how to set them where not."""
+    if _find(compute) is None:
+        name = _current.get() if compute is None else compute
+        arguments = "" if name == "default" else f", compute={name!r}"
+        raise RuntimeError(f"no daemons are set for profile {name!r}: set some first, as daemons(4{arguments})")
+    return True
+
+
+class with_daemons(contextlib.ContextDecorator):
+    """Makes a profile the current one, in a `with` statement or for a decorated function; it must be set."""
+
+    def __init__(self, compute: str) -> None:
+        self.compute = compute
+        self._tokens: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("tokens", default=())
+
+    def __enter__(self) -> None:
+        require_daemons(self.compute)
+        self._tokens.set((*self._tokens.get(), _current.set(self.compute)))
+
+    def __exit__(self, *_: object) -> None:
+        *others, token = self._tokens.get()
+        _current.reset(token)
+        self._tokens.set(tuple(others))
+
+
+def local_daemons(compute: str) -> None:
+    """Makes a profile the current one for the rest of this context: this thread, or this asyncio task."""
+    require_daemons(compute)
+    _current.set(compute)
+
+
+# ======================================================================
+# 14. mirai, map, collect: the verbs
+# ======================================================================
+# Knows:  profiles, mirais.
+# Never:  sockets, messages.
+
+_ids = itertools.count(1)
+
+
+def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float | None = None, _retries: int = 0,
+          _compute: str | None = None, **kwargs: Any) -> Mirai:
+    """Evaluates `f(*args, **kwargs)` on a daemon, and returns a future for it at once.
+
+    f: a callable; or Python source as a str, in which the kwargs are names, and whose value is that of its last
+    expression. Without daemons set it gets a process of its own (at most 4 x CPUs at once; the rest wait).
+    _timeout: seconds from now, waiting in the queue included, after which it resolves as `MiraiTimeout`, and the
+    task is interrupted. _retries: how often it is run again after a daemon died while running it. _compute: the
+    profile; the current one by default.
+
+    Raises TypeError where `f` or an argument can't be serialized, with the path to the culprit; SyntaxError for
+    source that is none; MiraiConnectionReset where the profile's dispatcher has died. An interpreter that ends
+    does not wait for unresolved mirais.
+
+        >>> mirai("a + b", a=1, b=2).result()
+        3
+    """
+    _check_task(f, args, _timeout, _retries)
+    profile = _find(_compute) or _ephemeral_profile()
+    payload = dump_task(f, args, kwargs, None if sys.path == profile.path else sys.path)
+    m = Mirai(next(_ids), profile.link)
+    profile.link.submit(m, payload, _retries, _timeout)
+    return m
+
+
+def _check_task(f: Any, args: tuple[Any, ...], timeout: Any, retries: Any) -> None:
+    if isinstance(f, str):
+        if args:
+            raise TypeError("source text takes keyword arguments, the names it sees: mirai('x + 1', x=1)")
+        check_source(f)
+    elif not callable(f):
+        if f is _MISSING:
+            raise TypeError("mirai() needs what to evaluate: mirai(f, *args, **kwargs) or mirai('x + 1', x=1)")
+        raise TypeError(f"can't evaluate {f!r}: expected a callable, called as f(*args, **kwargs), or source text")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0):
+        raise ValueError(f"_timeout={timeout!r}: expected seconds, or None for no limit")
+    if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= 65535:
+        raise ValueError(f"_retries={retries!r}: expected an integer from 0")
+
+
+def mirai_map(items: Iterable[Any] | Mapping[Any, Any], f: Callable[..., Any], /, *args: Any,
+              _timeout: float | None = None, _retries: int = 0, _compute: str | None = None,
+              **kwargs: Any) -> MiraiMap:
+    """`f(item, *args, **kwargs)` for every item, on daemons: a `MiraiMap`. A mapping keeps its keys.
+
+    _timeout, _retries, _compute: as for `mirai()`, for each item. Raises RuntimeError where no daemons are set.
+    """
+    if not callable(f):
+        raise TypeError(f"can't map {f!r}: expected a callable, called as f(item, *args, **kwargs)")
+    require_daemons(_compute)
+    names = list(items) if isinstance(items, collections.abc.Mapping) else None
+    values = list(items.values()) if isinstance(items, collections.abc.Mapping) else list(items)
+    return MiraiMap([mirai(f, value, *args, _timeout=_timeout, _retries=_retries, _compute=_compute, **kwargs)
+                     for value in values], names)
+
+
+class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
+    """The mirais of a map, in item order: iterate over it or index it for them.
+
+    `mp[:]` waits and gives a list of values and error values (a dict where the items were a mapping);
+    `mp.results()` raises what the first failed item raised. `mp.names`: the mapping's keys, else None.
+    """
+
+    def __init__(self, mirais: list[Mirai], names: list[Any] | None) -> None:
+        self._mirais = mirais
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self._mirais)
+
+    def __iter__(self) -> Iterator[Mirai]:
+        return iter(self._mirais)
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == slice(None):
+            return self._shape([m[:] for m in self._mirais])
+        if isinstance(key, slice):
+            raise TypeError("mp[:] waits for all values, mp[i] is the i-th mirai; there are no other slices")
+        return self._mirais[key]
+
+    def _shape(self, values: list[Any]) -> Any:
+        return values if self.names is None else dict(zip(self.names, values))
+
+    @property
+    def data(self) -> Any:
+        """What there is now: values, error values, `UNRESOLVED`."""
+        return self._shape([m.data for m in self._mirais])
+
+    def results(self, progress: bool | None = False) -> Any:
+        """All values, in item order; raises what the first failed item raised. progress: as for `collect_mirai()`."""
+        _wait_all(self._mirais, progress)
+        return self._shape([m.result() for m in self._mirais])
+
+    def __repr__(self) -> str:
+        return f"<mirai map: {len(self) - unresolved(self)} of {len(self)} resolved>"
+
+
+def _each(x: Any) -> Sequence[Mirai]:
+    """The mirais in `x`, which is one, a map, or a list of them."""
+    if isinstance(x, Mirai):
+        return [x]
+    if isinstance(x, (MiraiMap, list, tuple)) and all(isinstance(m, Mirai) for m in x):
+        return x
+    raise TypeError(f"expected a Mirai, a MiraiMap or a list of Mirai, not {x!r}")
+
+
+def call_mirai(x: Any) -> Any:
+    """Waits until `x` (a Mirai, a MiraiMap or a list of Mirai) has resolved, and returns it."""
+    _wait_all(_each(x), False)
+    return x
+
+
+def collect_mirai(x: Any, *, progress: bool | None = False, stop: bool = False) -> Any:
+    """Waits for `x` and gives its value, or a list (a dict for a map over a mapping) of values; error values in place.
+
+    progress: a bar on stderr. None: where that is a terminal; True: elsewhere a line now and then, too.
+    stop: at the first failure cancel the rest and raise what that task raised.
+    """
+    mirais = _each(x)
+    if stop:
+        _stop_at_failure(mirais, progress)
+    else:
+        _wait_all(mirais, progress)
+    if isinstance(x, Mirai):
+        return x[:]
+    return x[:] if isinstance(x, MiraiMap) else [m[:] for m in mirais]
+
+
+def _stop_at_failure(mirais: Sequence[Mirai], progress: bool | None) -> None:
+    with _Progress(len(mirais), progress) as bar:
+        for m in concurrent.futures.as_completed(mirais):
+            try:
+                m.result()
+            except Exception:
+                stop_mirai([other for other in mirais if not other.done()])
+                raise
+            bar.advance()
+
+
+def _wait_all(mirais: Sequence[Mirai], progress: bool | None) -> None:
+    if progress is False:
+        for m in mirais:
+            m[:]
+        return
+    with _Progress(len(mirais), progress) as bar:
+        for _ in concurrent.futures.as_completed(mirais):
+            bar.advance()
+
+
+def race_mirai(xs: Any) -> int | None:
+    """Waits until one of several has resolved: the index of the first in the list that has; None for an empty list."""
+    mirais = _each(xs)
+    if not mirais:
+        return None
+    if not any(m.done() for m in mirais):
+        concurrent.futures.wait(mirais, return_when=concurrent.futures.FIRST_COMPLETED)
+    return next(i for i, m in enumerate(mirais) if m.done())
+
+
+def stop_mirai(x: Any) -> Any:
+    """Cancels: each unresolved mirai resolves as `MiraiCancelled` at once, and its task is interrupted.
+
+    True for each that was cancelled, False for each that had resolved: a bool, or a list for several.
+    """
+    stopped = [m.cancel() for m in _each(x)]
+    return stopped[0] if isinstance(x, Mirai) else stopped
+
+
+def unresolved(x: Any) -> Any:
+    """Whether a mirai is unresolved; for a map or a list, how many are. Anything else is resolved: False, as in R."""
+    if isinstance(x, Mirai):
+        return not x.done()
+    if isinstance(x, (MiraiMap, list, tuple)):
+        return sum(isinstance(m, Mirai) and not m.done() for m in x)
+    return x is UNRESOLVED
+
+
+def is_mirai(x: Any) -> bool:
+    return isinstance(x, Mirai)
+
+
+def is_mirai_map(x: Any) -> bool:
+    return isinstance(x, MiraiMap)
+
+
+def is_mirai_error(x: Any) -> bool:
+    """Whether it is the error value of an evaluation that failed (not one that was interrupted)."""
+    return isinstance(x, MiraiError) and not isinstance(x, MiraiInterrupt)
+
+
+def is_mirai_interrupt(x: Any) -> bool:
+    return isinstance(x, MiraiInterrupt)
+
+
+def is_error_value(x: Any) -> bool:
+    """Whether it is an error value of any kind."""
+    return isinstance(x, ErrorValue)
+
+
+class _Progress:
+    """A bar on stderr with rate and time left; see `collect_mirai` for `wanted`."""
+
+    def __init__(self, total: int, wanted: bool | None) -> None:
+        self.total, self.done = total, 0
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.shown = wanted is not False and sys.stderr is not None and (self.terminal or bool(wanted))
+        self.start = time.monotonic()
+        self.due = 0.0 if self.terminal else self.start + 5.0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            self._show("\n")
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.shown and time.monotonic() >= self.due:
+            self._show("" if self.terminal else "\n")
+            self.due = time.monotonic() + (0.05 if self.terminal else 5.0)
+
+    def text(self, width: int) -> str:
+        """One line of less than `width` characters."""
+        spent = time.monotonic() - self.start
+        rate = self.done / spent if spent > 0 else 0.0
+        left = (self.total - self.done) / rate if rate else math.inf
+        took = self.done >= self.total
+        clock = f"{_clock(spent)}" if took else f"{_clock(left)} left"
+        tail = f" {self.done}/{self.total}  {rate:.{0 if rate >= 10 else 1}f}/s  {clock}"
+        room = min(40, width - len(tail) - 3)
+        if room < 5:
+            return tail.strip()[:width - 1]
+        filled = room * self.done // max(1, self.total)
+        return f"[{'#' * filled}{'.' * (room - filled)}]{tail}"
+
+    def _show(self, end: str) -> None:
+        import shutil
+        width = shutil.get_terminal_size().columns
+        text = self.text(width)
+        with contextlib.suppress(OSError, ValueError):      # a closed stderr must not end the wait
+            sys.stderr.write((f"\r{text.ljust(width - 1)}{end}" if self.terminal else f"{text}{end}"))
+            sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    if seconds == math.inf:
+        return "--:--"
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+# ======================================================================
+# 15. Command line: daemon, demo
+# ======================================================================
+# Knows:  all of the above.
+# Never:  anything that a caller of the module could not do as well.
+
+EX_USAGE, EX_UNAVAILABLE, EX_NOPERM = 64, 69, 77        # of sysexits.h
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`daemon URL` or `demo`; gives the exit status."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            self.print_usage(sys.stderr)
+            self.exit(EX_USAGE, f"{self.prog}: {message}\n")
+
+    parser = Parser(prog="mirai", description="Evaluate Python asynchronously in other processes.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    serve = commands.add_parser("daemon", help="serve a dispatcher", description=(
+        "Serve the dispatcher at URL. Exit status: 0 the connection ended, 1 idle time, 2 wall time, 3 maximum of "
+        "tasks; 64 usage, 69 nobody listens there, 77 refused."))
+    serve.add_argument("url", metavar="URL", help="as status()['daemons'] shows it")
+    serve.add_argument("-n", type=int, default=1, help="how many daemons to start here (1)")
+    for name, text in (("idletime", "end after so many seconds without a task"),
+                       ("walltime", "end after so many seconds"), ("maxtasks", "end after so many tasks")):
+        serve.add_argument(f"--{name}", type=float, default=math.inf, help=text)
+    serve.add_argument("--key-file", help="a file with the profile's key, 64 hexadecimal digits; '-': standard input")
+    commands.add_parser("demo", help="measure the standard library on daemons, and show what else there is")
+    options = parser.parse_args(arguments)
+    return _demo() if options.command == "demo" else _serve(options)
+
+
+def _serve(options: Any) -> int:
+    limits = {name: getattr(options, name) for name in ("idletime", "walltime", "maxtasks")}
+    try:
+        parse_url(options.url)
+        check_daemon_options(limits)
+        if options.n < 1:
+            raise ValueError(f"-n {options.n}: expected 1 or more")
+        key = _read_key_file(options.key_file) if options.key_file else find_key(options.url)
+    except ValueError as error:
+        return _complain(error, EX_USAGE)
+    except (Refused, OSError) as error:
+        return _complain(error, EX_NOPERM)
+    if options.n == 1:
+        return _serve_one(options.url, limits, key)
+    children = []
+    for _ in range(options.n):
+        pid = os.fork()
+        if pid == 0:
+            return _serve_one(options.url, limits, key)
+        children.append(pid)
+    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+
+
+def _serve_one(url: str, limits: Mapping[str, float], key: bytes) -> int:
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what tasks print is dropped
+        return daemon(url, key=key, **limits)
+    except Refused as error:
+        return _complain(error, EX_NOPERM)
+    except OSError as error:
+        return _complain(f"can't reach {url}: {error}", EX_UNAVAILABLE)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _complain(error: object, status: int) -> int:
+    print(f"mirai: {error}", file=sys.stderr)
+    return status
+
+
+def _read_key_file(path: str) -> bytes:
+    if path == "-":
+        return parse_key(sys.stdin.readline())
+    with open(path) as file:
+        return parse_key(file.read())
+
+
+# -- the demo
+
+_DEMO_BYTES = 8 << 20       # of source: a few seconds on one core
+
+
+def _demo() -> int:
+    n = max(2, cpu_count())
+    files = _demo_files()
+    print(f"The longest functions of this Python's standard library: {len(files)} files, "
+          f"{sum(map(os.path.getsize, files)) / 1e6:.1f} MB")
+    start = time.perf_counter()
+    alone = [_longest_functions(path) for path in files]
+    sequential = time.perf_counter() - start
+    with daemons(n):
+        start = time.perf_counter()
+        found = mirai_map(files, _longest_functions).results(progress=None)
+        parallel = time.perf_counter() - start
+        assert found == alone
+        for length, name, path in heapq.nlargest(10, itertools.chain.from_iterable(each for _, each in found)):
+            print(f"{length:6} lines  {name:32} {path}")
+        print(f"{sum(count for count, _ in found)} functions; sequential {sequential:.2f} s, "
+              f"on {n} daemons {parallel:.2f} s: {sequential / parallel:.1f} times as fast\n")
+        _demo_failures()
+        print("\nstatus():", status())
+    return 0
+
+
+def _demo_files() -> list[str]:
+    """The standard library's own sources, the largest first, `_DEMO_BYTES` of them at most."""
+    import sysconfig
+    found = []
+    for directory, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages", "test", "tests", "__pycache__")]
+        found += [os.path.join(directory, name) for name in names if name.endswith(".py")]
+    taken, left = [], _DEMO_BYTES
+    for size, path in sorted(((os.path.getsize(path), path) for path in found), reverse=True):
+        if size <= left:
+            taken.append(path)
+            left -= size
+    return taken
+
+
+def _longest_functions(path: str) -> tuple[int, list[tuple[int, str, str]]]:
+    """How many functions a file has, and the ten longest: lines, name, file."""
+    import ast
+    with open(path, "rb") as file:
+        source = file.read()
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return 0, []        # a few files are templates, or another version's
+    short = os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
+    found = [((node.end_lineno or 0) - node.lineno + 1, node.name, short) for node in ast.walk(tree)
+             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return len(found), heapq.nlargest(10, found)
+
+
+def _demo_failures() -> None:
+    failed = mirai("int('twelve')")
+    print("A task that fails is an error value:", f"{failed[:]!r}", "with the daemon's traceback:")
+    print("    " + failed.data.stack_trace.strip().replace("\n", "\n    "))
+    running = mirai(time.sleep, 60)
+    deadline = time.monotonic() + START_TIME
+    while not status()["mirai"]["executing"] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stopped = mirai(time.sleep, 60, _timeout=0.2)
+    print("One that is cancelled while it sleeps:", f"{stop_mirai(running)} -> {running.data!r}")
+    print("One with a _timeout of 0.2 s:", f"{stopped[:]!r}")
+
+
+def _as_module() -> types.ModuleType:
+    """This file under its importable name: `python mirai.py` runs it as `__main__`, which a daemon can't import from."""
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = __spec__ or spec_from_file_location(os.path.splitext(os.path.basename(__file__))[0], __file__)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(_as_module().main(sys.argv[1:]))
