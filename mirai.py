@@ -50,6 +50,7 @@ Contents (a section knows those above it, never one below):
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal.getsignal() wraps it in enums, at 2 µs a call
 import atexit
 import collections
 import collections.abc
@@ -122,6 +123,7 @@ GRACE = 0.2                 # what a daemon whose connection ended may still tak
 CLOSE_TIME = 5.0            # for what should take milliseconds; where it does not, something is broken and said to be
 START_TIME = 60.0           # for the nursery and the first dispatcher, on a machine that swaps
 MAX_FAILED_STARTS = 5       # launches that end in a row before one is ready: after so many it is not bad luck (crew's)
+SPINS = 30                  # times a waiter looks before it sleeps in `poll`: a wake-up costs more than a short task
 DOZE = 0.005                # the link's own thread leaves the reading to a waiter that was there so recently
 COUNTS_EVERY = 0.02         # how stale `status()` may be: less costs a frame per task
 LAST_WORDS = 4096           # the tail of a daemon's stderr that is kept to explain its end
@@ -202,16 +204,13 @@ class MiraiInterrupt(MiraiError):
     code = 1
 
 
-if concurrent.futures.TimeoutError is TimeoutError:
-    class MiraiTimeout(ErrorValue, TimeoutError):
-        """The mirai's `_timeout` passed before it resolved."""
+_TIMEOUTS: Any = tuple(dict.fromkeys((concurrent.futures.TimeoutError, TimeoutError)))      # one class from 3.11 on
 
-        code = 5
-else:
-    class MiraiTimeout(ErrorValue, concurrent.futures.TimeoutError, TimeoutError):  # type: ignore[no-redef]
-        """The mirai's `_timeout` passed before it resolved."""
 
-        code = 5
+class MiraiTimeout(ErrorValue, *_TIMEOUTS):     # type: ignore[misc]
+    """The mirai's `_timeout` passed before it resolved."""
+
+    code = 5
 
 
 class MiraiConnectionReset(ErrorValue, ConnectionResetError):
@@ -343,18 +342,42 @@ class Decoder:
     def feed(self, data: bytes) -> None:
         self._state[2].append(data)
 
-    def missing(self) -> int:
-        """Bytes that the message now arriving still lacks, as far as is known: how much to read."""
+    def wanted(self) -> int:
+        """How many bytes to read at once: more than usual while a large message is arriving."""
         _, _, chunks, missing = self._state
-        return missing - sum(map(len, chunks)) if missing else 0
+        return min(max(missing - sum(map(len, chunks)), READ_SIZE), READ_LARGE) if missing else READ_SIZE
+
+    def __iter__(self) -> Iterator[Message]:
+        """Raises ProtocolError on another version's frames, or (before the body is there) on too long ones."""
+        while (found := self._peek()) is not None:
+            yield found[0]
+            self._state = (self._state[0], found[1], self._state[2], 0)
 
     def pop(self) -> Message | None:
         """Takes one message; None where none is complete."""
-        for message in self:
+        found = self._peek()
+        if found is None:
+            return None
+        self._state = (self._state[0], found[1], self._state[2], 0)
+        return found[0]
+
+    def _peek(self) -> tuple[Message, int] | None:
+        """The next message, and where it ends in the buffer."""
+        while True:
             buffer, at, chunks, _ = self._state
-            self._state = (buffer, at + HEADER.size + len(message.payload), chunks, 0)
-            return message
-        return None
+            start = at + HEADER.size
+            if start <= len(buffer):
+                length, version, kind, flags, id = HEADER.unpack_from(buffer, at)
+                if version != WIRE_VERSION:
+                    raise ProtocolError(f"wire version {version} met {WIRE_VERSION}: not mirai, or another of its versions")
+                if self.limit is not None and length > self.limit:
+                    raise ProtocolError(f"a frame of {length} bytes where at most {self.limit} are allowed")
+                end = start + length
+                if end <= len(buffer):
+                    return Message(kind, id, flags, buffer[start:end]), end
+                self._state = (buffer, at, chunks, end - len(buffer))
+            if not self._gather():
+                return None
 
     def _gather(self) -> bool:
         """Joins what has arrived, unless a large frame is still too short to be worth the copy."""
@@ -367,26 +390,6 @@ class Decoder:
             self._state = (b"".join([buffer[at:], *chunks]), 0, [], 0)
         return True
 
-    def __iter__(self) -> Iterator[Message]:
-        """Raises ProtocolError on another version's frames, or (before the body is there) on too long ones."""
-        while True:
-            buffer, at, chunks, _ = self._state
-            start = at + HEADER.size
-            if start <= len(buffer):
-                length, version, kind, flags, id = HEADER.unpack_from(buffer, at)
-                if version != WIRE_VERSION:
-                    raise ProtocolError(f"wire version {version} met {WIRE_VERSION}: not mirai, or another version of it")
-                if self.limit is not None and length > self.limit:
-                    raise ProtocolError(f"a frame of {length} bytes where at most {self.limit} are allowed")
-                end = start + length
-                if end <= len(buffer):
-                    yield Message(kind, id, flags, buffer[start:end])
-                    self._state = (buffer, end, chunks, 0)
-                    continue
-                self._state = (buffer, at, chunks, end - len(buffer))
-            if not self._gather():
-                return
-
 
 # ======================================================================
 # 4. Serializer: objects to bytes and back
@@ -395,9 +398,9 @@ class Decoder:
 # Never:  messages, daemons.
 # Rule:   what the other side can import goes by name, all else by value: code, cells, and the globals it reads.
 
-_code_of: dict[int, tuple[types.CodeType, bytes, tuple[str, ...]]] = {}     # id(code) -> code, its bytes, globals it names
-_codes: dict[bytes, types.CodeType] = {}                                    # bytes -> code, where functions are rebuilt
-_namespaces: dict[str, dict[str, Any]] = {}                                 # module -> what its by-value functions share
+_code_of: dict[int, tuple[types.CodeType, bytes, tuple[str, ...]]] = {}     # id -> code, its bytes, globals it names
+_codes: dict[bytes, types.CodeType] = {}            # bytes -> code, where functions are rebuilt
+_namespaces: dict[str, dict[str, Any]] = {}         # module -> what its by-value functions share
 _class_tokens: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"))
@@ -474,9 +477,9 @@ def _reduce_function(f: types.FunctionType) -> tuple[Any, ...]:
 
 def _make_function(code: bytes, tag: str, module: str, ncells: int) -> types.FunctionType:
     if tag != sys.implementation.cache_tag:
-        raise pickle.UnpicklingError(f"a function that was compiled by {tag} can't run on {sys.implementation.cache_tag}: "
-                                     "use the same Python version on both sides, or put the function in a module "
-                                     "that both can import")
+        raise pickle.UnpicklingError(
+            f"a function that was compiled by {tag} can't run on {sys.implementation.cache_tag}: use the same Python "
+            "version on both sides, or put the function in a module that both can import")
     known = _codes.get(code)
     if known is None:
         if len(_codes) >= CACHED_CODES:
@@ -657,7 +660,7 @@ def _compile_source(source: str) -> tuple[types.CodeType, types.CodeType | None]
         import linecache
         name = f"<mirai {len(_sources)}>"
         linecache.cache[name] = (len(source), None, source.splitlines(True), name)      # for tracebacks
-        tree = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        tree: Any = compile(source, name, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):
             last = compile(ast.Expression(tree.body.pop().value), name, "eval", dont_inherit=True)
@@ -806,7 +809,7 @@ class DispatcherCore:
         self.queue: deque[int] = deque()            # their order; may hold ids that were cancelled since
         self.executing: dict[int, int] = {}         # task -> daemon, as long as somebody wants the outcome
         self.daemons: dict[int, _DaemonRecord] = {}
-        self.idle: dict[int, None] = {}             # the last to become idle is the next to be used: its caches are warm
+        self.idle: dict[int, None] = {}             # the last to come is the next to be used: its caches are warm
         self.slots: dict[int, str] = {}
         self.resting: deque[int] = deque()
         self.launching = 0
@@ -989,6 +992,7 @@ class DispatcherCore:
 # Never:  tasks; it unpickles nothing.
 # Rule:   nothing is passed on from a peer that has not proven that it holds the key.
 
+_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 Address = collections.namedtuple("Address", "scheme host port")     # ipc: host is the path, port None
@@ -1030,7 +1034,9 @@ def runtime_dir() -> str:
     """The user's own directory for sockets and key files, mode 0700; OSError where there can be none."""
     own = os.getuid() if hasattr(os, "getuid") else "user"
     run = os.environ.get("XDG_RUNTIME_DIR")
-    path = os.path.join(run, "mirai") if run and os.path.isdir(run) else os.path.join(tempfile.gettempdir(), f"mirai-{own}")
+    path = os.path.join(tempfile.gettempdir(), f"mirai-{own}")
+    if run and os.path.isdir(run):
+        path = os.path.join(run, "mirai")
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     found = os.lstat(path)
@@ -1144,6 +1150,24 @@ def wait_ready(fds: Iterable[int], timeout: float | None, write: bool = False) -
     return [fd for fd, _ in poller.poll(None if timeout is None else math.ceil(timeout * 1000))]
 
 
+class Poller:
+    """`wait_ready` for the same descriptors again and again, for reading; one thread at a time."""
+
+    def __init__(self, *fds: int) -> None:
+        self.fds = fds
+        self._poll = None
+        if hasattr(select, "poll"):
+            poller = select.poll()
+            for fd in fds:
+                poller.register(fd, select.POLLIN)
+            self._poll = poller.poll
+
+    def wait(self, timeout: float | None) -> list[int]:
+        if self._poll is None:
+            return wait_ready(self.fds, timeout)
+        return [fd for fd, _ in self._poll(None if timeout is None else max(0, math.ceil(timeout * 1000)))]
+
+
 class Connection:
     """A socket, what has arrived from it, and what still has to go.
 
@@ -1153,6 +1177,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, decoder: Decoder | None = None) -> None:
         self.sock = sock
+        self._send, self._recv = sock.send, sock.recv
         self.decoder = decoder or Decoder()
         self.ended = False                          # the peer will send no more
         self._batch: list[bytes] = []
@@ -1167,7 +1192,7 @@ class Connection:
         """Reads once. False where nothing was there; sets `ended` at the end."""
         chunks = self.decoder.chunks
         try:
-            chunks.extend(map(self.sock.recv, (min(max(self.decoder.missing(), READ_SIZE), READ_LARGE),)))
+            chunks.extend(map(self._recv, (self.decoder.wanted(),)))
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
@@ -1193,15 +1218,16 @@ class Connection:
             self._batch.clear()
         while self._outgoing:
             item = self._outgoing[0]
-            sent = sum(item[1:])
-            if sent < len(item[0]):
+            frame, sent = item[0], sum(item[1:])
+            if sent < len(frame):
                 try:
-                    item.extend(map(self.sock.send, (memoryview(item[0])[sent:] if sent else item[0],)))
+                    item.extend(map(self._send, (memoryview(frame)[sent:] if sent else frame,)))
                 except (BlockingIOError, InterruptedError):
                     return False
+                sent += item[-1]
                 if len(item) > 64:
                     item[1:] = [sum(item[1:])]
-            if sum(item[1:]) >= len(item[0]):
+            if sent >= len(frame):
                 self._outgoing.popleft()
         return True
 
@@ -1215,7 +1241,8 @@ class Connection:
 
 def _proof(key: bytes, side: str, hello: bytes, challenge: bytes) -> bytes:
     """What only a holder of the key can say about this conversation; the sides differ, so none can be reflected."""
-    return hmac.digest(key, b"".join([f"mirai {WIRE_VERSION} {side}\0{len(hello)}\0".encode(), hello, challenge]), "sha256")
+    label = f"mirai {WIRE_VERSION} {side}\0{len(hello)}\0".encode()
+    return hmac.digest(key, b"".join([label, hello, challenge]), "sha256")
 
 
 class DialerHandshake:
@@ -1326,6 +1353,7 @@ class _Peer:
         self.pid = 0
         self.last_task = -1                             # what it said it would finish before it leaves
         self.events = selectors.EVENT_READ
+        self.handle: Callable[[_Peer, Message], None] | None = None
 
 
 class Dispatcher:
@@ -1400,7 +1428,7 @@ class Dispatcher:
         self._report_counts()
         while self.dirty:
             self._flush(self.dirty.pop())
-        if not self.nursery.flush():
+        if self.nursery.pending and not self.nursery.flush():
             self._at(0.01, lambda: None)            # it is busy forking: come round again
 
     def _report_counts(self) -> None:
@@ -1434,6 +1462,7 @@ class Dispatcher:
         if len(self.strangers) >= STRANGERS:
             self._refuse(self.peers[next(iter(self.strangers))], "too many connections that have not said who they are")
         peer = _Peer(next(self.numbers), Connection(sock, Decoder(STRANGER_LIMIT)), ListenerHandshake(self.key))
+        peer.handle = self._greet
         self.peers[peer.number] = peer
         self.strangers[peer.number] = None
         self.selector.register(sock, selectors.EVENT_READ, functools.partial(self._serve, peer))
@@ -1451,11 +1480,11 @@ class Dispatcher:
             self._at_end(peer)
 
     def _take(self, peer: _Peer) -> None:
-        handle = {"stranger": self._greet, "host": self._from_host, "daemon": self._from_daemon}
+        decoder, peers = peer.connection.decoder, self.peers
         try:
-            for message in peer.connection.decoder:
-                handle[peer.role](peer, message)
-                if peer.number not in self.peers:
+            while (message := decoder.pop()) is not None:
+                peer.handle(peer, message)          # type: ignore[misc]
+                if peer.number not in peers:
                     return
         except ProtocolError as error:
             self._refuse(peer, str(error)) if peer.shake else self._fault(peer, str(error))
@@ -1464,7 +1493,7 @@ class Dispatcher:
         assert peer.shake is not None
         answer, about = peer.shake.receive(message), peer.shake.peer
         if peer.shake.done:
-            role, slot, serial = about["role"], about.get("slot"), about.get("serial")
+            role, slot, serial = about["role"], about.get("slot"), about.get("serial", 0)
             if role == "host" and self.host is not None:
                 raise Refused("this dispatcher has a host")
             if slot is not None and (self.serials.get(slot) != serial or slot in self.joined):
@@ -1478,6 +1507,7 @@ class Dispatcher:
         peer.role, peer.shake, peer.connection.decoder.limit = about["role"], None, None
         peer.pid, peer.name = about["pid"], f"daemon {about['pid']} on {about['host']}"
         del self.strangers[peer.number]
+        peer.handle = self._from_host if peer.role == "host" else self._from_daemon
         if peer.role == "host":
             self.host = peer
             return
@@ -1632,7 +1662,8 @@ class Dispatcher:
         self._post(self.host, encode_json(Kind.LOST, {"launch": launch, "text": text}, effect.task))
 
     def _launch_text(self) -> str:
-        return f"no daemon could be started: {MAX_FAILED_STARTS} in a row ended before they were ready; {self.last_words}"
+        return (f"no daemon could be started: {MAX_FAILED_STARTS} in a row ended before they were ready; "
+                f"{self.last_words}")
 
     def _launch(self, effect: Any) -> None:
         serial = next(self.numbers)
@@ -1702,7 +1733,7 @@ def check_daemon_options(options: Mapping[str, Any]) -> None:
 
 
 def _become_daemon() -> None:
-    """What tasks find: a `__main__` of their own, which the host's by-value functions share; `quit()` ends the process."""
+    """What tasks find: a `__main__` of their own, which the host's functions share; a `quit()` that ends the process."""
     import builtins
     _here["daemon"] = True
     main = types.ModuleType("__main__")
@@ -1838,7 +1869,7 @@ class _Daemon:
         except KeyboardInterrupt as error:
             self.armed = 0
             outcome = dump_failure(error)
-        if signal.getsignal(signal.SIGINT) != self._on_sigint:      # the task changed it
+        if _signal.getsignal(signal.SIGINT) != self._on_sigint:     # the task changed it
             signal.signal(signal.SIGINT, self._on_sigint)
         return outcome
 
@@ -1855,7 +1886,7 @@ class _Daemon:
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
         if self.armed and self.armed == self.inbox.cancelled():
-            self.armed, self.inbox.signalled = 0, False          # here, not where it is caught: a second signal must not find the guard up
+            self.armed, self.inbox.signalled = 0, False     # here, so that a second signal does not find the guard up
             raise _Interrupted
         if self.inbox.signalled:        # a cancel that came too late
             self.inbox.signalled = False
@@ -2035,7 +2066,7 @@ class Nursery:
             return
         try:
             child = self._fork("daemon", dispatcher.job, None, functools.partial(
-                _local_daemon, spec, dispatcher.key, launch, dispatcher.page))
+                _local_daemon, spec, dispatcher.key, launch, dispatcher.page or memoryview(b"")))
         except OSError as error:
             self._report(dispatcher, launch, 0, 1, f"it could not be forked: {error}")
             return
@@ -2251,7 +2282,8 @@ class NurseryHandle:
         report = self._ended.get(job)
         if report is None:
             return "the nursery process is gone" if self.connection.ended else "the nursery does not answer"
-        return describe_loss(f"the dispatcher (process {report['pid']})", describe_exit(report["status"]), report["words"])
+        who = f"the dispatcher (process {report['pid']})"
+        return describe_loss(who, describe_exit(report["status"]), report["words"])
 
     def _send(self, frame: bytes) -> None:
         with self._lock:
@@ -2302,8 +2334,8 @@ class NurseryHandle:
 def _interpreter_flags() -> list[str]:
     """The host's own interpreter options that the environment does not carry."""
     flags = sys.flags
-    options = [("-I", flags.isolated), ("-E", flags.ignore_environment and not flags.isolated), ("-s", flags.no_user_site),
-               ("-O", flags.optimize == 1), ("-OO", flags.optimize == 2), ("-B", flags.dont_write_bytecode)]
+    options = [("-I", flags.isolated), ("-E", flags.ignore_environment and not flags.isolated),
+               ("-s", flags.no_user_site), ("-O", flags.optimize == 1), ("-OO", flags.optimize == 2), ("-B", flags.dont_write_bytecode)]
     return [option for option, given in options if given] + (["-X", "utf8"] if flags.utf8_mode else [])
 
 
@@ -2316,7 +2348,7 @@ def _interpreter_flags() -> list[str]:
 
 
 class _Owner:
-    """What a mirai needs of the link that will resolve it. `condition` is shared by all its mirais, its lock reentrant."""
+    """What a mirai needs of the link that will resolve it. All its mirais share `condition`, whose lock is reentrant."""
 
     condition: threading.Condition
 
@@ -2542,7 +2574,7 @@ class Link(_Owner):
         connection.sock.setblocking(False)
         self.describe_end = describe_end
         self.condition = threading.Condition(threading.RLock())
-        self.lock = self.condition._lock        # type: ignore[attr-defined]  # a C lock: no signal falls into its `with`
+        self.lock = self.condition._lock        # type: ignore[attr-defined]  # in C: no signal falls into its `with`
         self.reading = threading.Lock()
         self.sending = threading.Lock()
         self.pending: dict[int, Mirai] = {}
@@ -2560,6 +2592,7 @@ class Link(_Owner):
         self.wakened, self.waken = os.pipe()    # ends a waiter's poll
         for fd in (self.nudged, self.nudge, self.wakened, self.waken):
             os.set_blocking(fd, False)
+        self.poller = Poller(connection.fileno(), self.wakened)
         self.thread = threading.Thread(target=self._mind, name="mirai-link", daemon=True)
         self.thread.start()
 
@@ -2667,16 +2700,23 @@ class Link(_Owner):
         return True
 
     def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
-        fds = (self.connection.fileno(), self.wakened)
-        self._take()                    # what an interrupted reader left behind
+        if self.connection.decoder.chunks:
+            self._take()                # what an interrupted reader left behind
+        for _ in range(SPINS):
+            if self.connection.receive():
+                self.reads += 1
+                self._take()
+            if done() or self.connection.ended:
+                return
+            _yield()
         while not done() and self.closed is None:
-            ready = wait_ready(fds, None if deadline is None else deadline - time.monotonic())
+            ready = self.poller.wait(None if deadline is None else deadline - time.monotonic())
             self.reads += 1
             if not ready:
                 return
             if self.wakened in ready:
                 os.read(self.wakened, 4096)
-            if self.connection.fileno() in ready:
+            if ready != [self.wakened]:
                 self._read()
 
     def _sleep_until(self, done: Callable[[], bool], deadline: float | None) -> None:
@@ -2709,6 +2749,7 @@ class Link(_Owner):
         """Reads where nobody else does, and expires timeouts. It leaves a waiter (or loop) alone that was reading
         within the last DOZE seconds, and sleeps in `poll` where there is none."""
         dozing = waited = False
+        poller = Poller(self.connection.fileno(), self.nudged)
         try:
             while self.closed is None:
                 reads, timeout = self.reads, self._expire()
@@ -2718,26 +2759,24 @@ class Link(_Owner):
                     dozing = self.reads != reads
                     waited = not dozing
                     continue
-                ready = wait_ready((self.connection.fileno(), self.nudged), timeout if timeout < 1e6 else None)
+                ready = poller.wait(timeout if timeout < 1e6 else None)
                 if self.nudged in ready:
                     os.read(self.nudged, 4096)
                 if self.connection.fileno() in ready:
-                    dozing = not self._read_in_turn(waited or not self.loops)
-                    waited = False
+                    self._read_in_turn(waited or not self.loops)
+                    dozing, waited = True, False        # nobody waits for what comes next, or they read it
         except (OSError, ValueError):
             if self.closed is None:
                 raise                   # not by `close()`, which takes the descriptors away: a defect to be seen
 
-    def _read_in_turn(self, may: bool) -> bool:
+    def _read_in_turn(self, may: bool) -> None:
         """Reads unless somebody else does. `may`: no event loop is about to, or one has been given its time."""
-        if not (may or self.eager) or not self.reading.acquire(blocking=False):
-            return False
-        try:
-            self._read()
-        finally:
-            self.reading.release()
-            self._hand_over()
-        return True
+        if (may or self.eager) and self.reading.acquire(blocking=False):
+            try:
+                self._read()
+            finally:
+                self.reading.release()
+                self._hand_over()
 
     def _expire(self) -> float:
         """Resolves what is overdue; seconds until the next is."""
@@ -2880,7 +2919,8 @@ class _Profile:
         link.wait_for(lambda: link.counts[0] >= wanted or link.launch_error is not None,
                       time.monotonic() + START_TIME + n)
         if link.counts[0] < wanted:
-            raise LaunchError(link.launch_error or link.closed or f"{n} daemons were not ready in {START_TIME + n:.0f} s")
+            late = f"{n} daemons were not ready within {START_TIME + n:.0f} s"
+            raise LaunchError(link.launch_error or link.closed or late)
 
     def refresh(self) -> None:
         """For processes still to come, today's environment and directory."""
@@ -3278,7 +3318,7 @@ def collect_mirai(x: Any, *, progress: bool | None = False, stop: bool = False) 
 
 def _stop_at_failure(mirais: Sequence[Mirai], progress: bool | None) -> None:
     with _Progress(len(mirais), progress) as bar:
-        for m in concurrent.futures.as_completed(mirais):
+        for m in _as_completed(mirais):
             try:
                 m.result()
             except Exception:
@@ -3287,13 +3327,17 @@ def _stop_at_failure(mirais: Sequence[Mirai], progress: bool | None) -> None:
             bar.advance()
 
 
+def _as_completed(mirais: Iterable[Any]) -> Iterator[Any]:
+    return concurrent.futures.as_completed(mirais)
+
+
 def _wait_all(mirais: Sequence[Mirai], progress: bool | None) -> None:
     if progress is False:
         for m in mirais:
             m[:]
         return
     with _Progress(len(mirais), progress) as bar:
-        for _ in concurrent.futures.as_completed(mirais):
+        for _ in _as_completed(mirais):
             bar.advance()
 
 
@@ -3389,7 +3433,7 @@ class _Progress:
         width = shutil.get_terminal_size().columns
         text = self.text(width)
         with contextlib.suppress(OSError, ValueError):      # a closed stderr must not end the wait
-            sys.stderr.write((f"\r{text.ljust(width - 1)}{end}" if self.terminal else f"{text}{end}"))
+            sys.stderr.write(f"\r{text.ljust(width - 1)}{end}" if self.terminal else f"{text}{end}")
             sys.stderr.flush()
 
 
@@ -3553,7 +3597,7 @@ def _demo_failures() -> None:
 
 
 def _as_module() -> types.ModuleType:
-    """This file under its importable name: `python mirai.py` runs it as `__main__`, which a daemon can't import from."""
+    """This file under its importable name: run as `__main__` it is what a daemon can't import from."""
     from importlib.util import module_from_spec, spec_from_file_location
     spec = __spec__ or spec_from_file_location(os.path.splitext(os.path.basename(__file__))[0], __file__)
     assert spec is not None and spec.loader is not None
