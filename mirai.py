@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # signal.getsignal() wraps it in enums, at 2 µs a call
 import atexit
+import builtins
 import collections
 import collections.abc
 import concurrent.futures
@@ -369,7 +370,7 @@ class Decoder:
             if start <= len(buffer):
                 length, version, kind, flags, id = HEADER.unpack_from(buffer, at)
                 if version != WIRE_VERSION:
-                    raise ProtocolError(f"wire version {version} met {WIRE_VERSION}: not mirai, or another of its versions")
+                    raise ProtocolError(f"wire version {version} met {WIRE_VERSION}: not mirai, or another version")
                 if self.limit is not None and length > self.limit:
                     raise ProtocolError(f"a frame of {length} bytes where at most {self.limit} are allowed")
                 end = start + length
@@ -435,17 +436,34 @@ def _by_reference(obj: Any, name: str) -> bool:
     return found is obj
 
 
+_UNNAMED_TYPES = {cls: name for name, cls in vars(types).items() if isinstance(cls, type)
+                  and cls.__module__ == "builtins" and cls is not type(None) and not hasattr(builtins, cls.__name__)}
+_REDUCERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    property: lambda x: (property, (x.fget, x.fset, x.fdel, x.__doc__)),
+    staticmethod: lambda x: (staticmethod, (x.__func__,)),
+    classmethod: lambda x: (classmethod, (x.__func__,)),
+    types.MappingProxyType: lambda x: (types.MappingProxyType, (dict(x),)),
+}
+
+
 class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind is types.FunctionType:
+        if kind is types.FunctionType and type(obj.__code__) is types.CodeType:     # not PyPy's built-in ones
             return NotImplemented if _by_reference(obj, obj.__qualname__) else _reduce_function(obj)
         if kind is types.ModuleType:
             return importlib.import_module, (obj.__name__,)
         if kind is types.CellType:
             return _make_cell, (), (obj.cell_contents,) if _is_filled(obj) else None, None, None, _fill_cell
-        if issubclass(kind, type) and not _by_reference(obj, obj.__qualname__):
-            return _reduce_class(obj)
+        if issubclass(kind, type):
+            if obj in _UNNAMED_TYPES:
+                return getattr, (types, _UNNAMED_TYPES[obj])
+            by_name = obj.__module__ == "builtins" or _by_reference(obj, obj.__qualname__)
+            return NotImplemented if by_name else _reduce_class(obj)
+        if kind in _REDUCERS:
+            return _REDUCERS[kind](obj)
+        if kind.__module__ == "dataclasses" and repr(obj) in ("_FIELD", "_FIELD_CLASSVAR", "_FIELD_INITVAR"):
+            return repr(obj)            # told apart by identity
         return NotImplemented
 
 
@@ -485,7 +503,8 @@ def _make_function(code: bytes, tag: str, module: str, ncells: int) -> types.Fun
         if len(_codes) >= CACHED_CODES:
             _codes.clear()
         known = _codes[code] = marshal.loads(code)
-    return types.FunctionType(known, _namespace(module), None, None, tuple(types.CellType() for _ in range(ncells)))
+    cells = tuple(types.CellType() for _ in range(ncells))
+    return types.FunctionType(known, _namespace(module), None, None, cells or None)
 
 
 def _fill_function(f: types.FunctionType, state: tuple[Any, ...]) -> None:
@@ -532,7 +551,8 @@ def _reduce_class(cls: type) -> tuple[Any, ...]:
         token = _class_tokens[cls] = os.urandom(16).hex()
         _classes[token] = cls
     body = {name: value for name, value in vars(cls).items()
-            if name not in ("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__")
+            if name not in ("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__",
+                            "_abc_impl")
             and not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))}
     head = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     if "__slots__" in vars(cls):
@@ -1733,8 +1753,7 @@ def check_daemon_options(options: Mapping[str, Any]) -> None:
 
 
 def _become_daemon() -> None:
-    """What tasks find: a `__main__` of their own, which the host's functions share; a `quit()` that ends the process."""
-    import builtins
+    """What tasks find: a `__main__` of their own, which the host's functions share; a `quit()` that ends it all."""
     _here["daemon"] = True
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
@@ -2219,8 +2238,7 @@ def _local_daemon(spec: Mapping[str, Any], key: str, launch: tuple[int, int], pa
 def nursery_main(host: int) -> int:
     """The nursery process, its control pipe on descriptor 0."""
     import resource
-    os.setsid()
-    for signum in (signal.SIGINT, signal.SIGHUP):       # the terminal's, for the host: it tells us by ending
+    for signum in (signal.SIGINT, signal.SIGHUP):       # for the host: it tells us by ending
         signal.signal(signum, signal.SIG_IGN)
     control = socket.socket(fileno=os.dup(0))
     devnull = os.open(os.devnull, os.O_RDWR)
@@ -2230,7 +2248,8 @@ def nursery_main(host: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sweep_runtime_dir()
-    gc.freeze()
+    if hasattr(gc, "freeze"):
+        gc.freeze()
     nursery = Nursery(Connection(control), host)
     become = nursery.run()
     return 0 if become is None else become()
@@ -2244,20 +2263,16 @@ class NurseryHandle:
         self._jobs = itertools.count(1)
         self._listening: dict[int, Mapping[str, Any]] = {}
         self._ended: dict[int, Mapping[str, Any]] = {}
-        self.pid, self.connection = self._spawn()
-
-    def _spawn(self) -> tuple[int, Connection]:
+        import subprocess
         if not sys.executable:
             raise LaunchError("sys.executable is empty, so that no other Python process can be started")
         ours, theirs = socket.socketpair()
-        command = [sys.executable, *_interpreter_flags(), "-c", _NURSERY_COMMAND, __name__, os.path.abspath(__file__),
-                   str(os.getpid())]
         with theirs:
-            pid = os.posix_spawn(sys.executable, command, os.environ, setsigmask=[], file_actions=[
-                (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
+            self.process = subprocess.Popen(
+                [sys.executable, *_interpreter_flags(), "-c", _NURSERY_COMMAND, __name__, os.path.abspath(__file__),
+                 str(os.getpid())], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True)
         ours.setblocking(False)
-        return pid, Connection(ours)
+        self.connection = Connection(ours)
 
     def start(self, spec: Mapping[str, Any]) -> tuple[int, str]:
         """A dispatcher: its job number, and the URL it listens at. LaunchError where there will be none."""
@@ -2318,24 +2333,25 @@ class NurseryHandle:
         """Ends the nursery, which ends all that is left, and waits for it."""
         with contextlib.suppress(OSError):
             self.connection.sock.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + CLOSE_TIME
-        while not self.connection.ended and time.monotonic() < deadline:
-            wait_ready([self.connection.fileno()], deadline - time.monotonic())
-            self.connection.receive()
+        try:
+            self.process.wait(CLOSE_TIME)
+        except Exception:               # it is stopped, say; its children end with the pipe or not at all
+            self.process.kill()
+            self.process.wait()
         self.connection.close()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0 if self.connection.ended else os.WNOHANG)
 
     def forget(self) -> None:
-        """In a forked child of the host: the pipe is the parent's."""
+        """In a forked child of the host: pipe and process are the parent's."""
         self.connection.close()
+        self.process.returncode = 0
 
 
 def _interpreter_flags() -> list[str]:
     """The host's own interpreter options that the environment does not carry."""
     flags = sys.flags
     options = [("-I", flags.isolated), ("-E", flags.ignore_environment and not flags.isolated),
-               ("-s", flags.no_user_site), ("-O", flags.optimize == 1), ("-OO", flags.optimize == 2), ("-B", flags.dont_write_bytecode)]
+               ("-s", flags.no_user_site), ("-O", flags.optimize == 1), ("-OO", flags.optimize == 2),
+               ("-B", flags.dont_write_bytecode)]
     return [option for option, given in options if given] + (["-X", "utf8"] if flags.utf8_mode else [])
 
 
@@ -2348,7 +2364,7 @@ def _interpreter_flags() -> list[str]:
 
 
 class _Owner:
-    """What a mirai needs of the link that will resolve it. All its mirais share `condition`, whose lock is reentrant."""
+    """What a mirai needs of the link that will resolve it. All its mirais share `condition`, its lock reentrant."""
 
     condition: threading.Condition
 
@@ -2914,11 +2930,11 @@ class _Profile:
     def launch(self, n: int, options: Mapping[str, Any]) -> None:
         """Adds n local daemons; returns when they are ready. LaunchError with their last words where they won't be."""
         link = self.link
-        wanted = link.counts[0] + n
+        wanted = link.counts[1] + n     # those that ever joined: some may have left again
         link.launch(n, _daemon_spec(n, options))
-        link.wait_for(lambda: link.counts[0] >= wanted or link.launch_error is not None,
+        link.wait_for(lambda: link.counts[1] >= wanted or link.launch_error is not None,
                       time.monotonic() + START_TIME + n)
-        if link.counts[0] < wanted:
+        if link.counts[1] < wanted:
             late = f"{n} daemons were not ready within {START_TIME + n:.0f} s"
             raise LaunchError(link.launch_error or link.closed or late)
 
@@ -3205,7 +3221,7 @@ def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float
         >>> mirai("a + b", a=1, b=2).result()
         3
     """
-    _check_task(f, args, _timeout, _retries)
+    _check_task(f, args, kwargs, _timeout, _retries)
     profile = _find(_compute) or _ephemeral_profile()
     payload = dump_task(f, args, kwargs, None if sys.path == profile.path else sys.path)
     m = Mirai(next(_ids), profile.link)
@@ -3213,7 +3229,7 @@ def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float
     return m
 
 
-def _check_task(f: Any, args: tuple[Any, ...], timeout: Any, retries: Any) -> None:
+def _check_task(f: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: Any, retries: Any) -> None:
     if isinstance(f, str):
         if args:
             raise TypeError("source text takes keyword arguments, the names it sees: mirai('x + 1', x=1)")
@@ -3226,6 +3242,12 @@ def _check_task(f: Any, args: tuple[Any, ...], timeout: Any, retries: Any) -> No
         raise ValueError(f"_timeout={timeout!r}: expected seconds, or None for no limit")
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= 65535:
         raise ValueError(f"_retries={retries!r}: expected an integer from 0")
+    for name in kwargs:
+        if name.startswith("_"):
+            import difflib
+            near = difflib.get_close_matches(name, ("_timeout", "_retries", "_compute"), 1, 0.75)
+            if near:
+                raise TypeError(f"there is no option {name!r}; did you mean {near[0]!r}?")
 
 
 def mirai_map(items: Iterable[Any] | Mapping[Any, Any], f: Callable[..., Any], /, *args: Any,
@@ -3487,10 +3509,10 @@ def _serve(options: Any) -> int:
         if options.n < 1:
             raise ValueError(f"-n {options.n}: expected 1 or more")
         key = _read_key_file(options.key_file) if options.key_file else find_key(options.url)
-    except ValueError as error:
-        return _complain(error, EX_USAGE)
-    except (Refused, OSError) as error:
+    except Refused as error:
         return _complain(error, EX_NOPERM)
+    except (ValueError, OSError) as error:
+        return _complain(error, EX_USAGE)
     if options.n == 1:
         return _serve_one(options.url, limits, key)
     children = []
