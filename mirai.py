@@ -120,6 +120,7 @@ STRANGER_LIMIT = 4096       # bytes in a frame before the peer has proven itself
 STRANGERS = 128             # unproven connections at once; one more and the oldest goes: they cost a descriptor each
 HANDSHAKE_TIME = 10.0       # a loaded machine needs a second or two; more only helps those who hold connections open
 DIAL_TIME = 10.0
+INTERRUPT_AGAIN = 0.05      # a signal that comes between two instructions right before a system call does not end it
 GRACE = 0.2                 # what a daemon whose connection ended may still take before it is killed; R's figure
 CLOSE_TIME = 5.0            # for what should take milliseconds; where it does not, something is broken and said to be
 START_TIME = 60.0           # for the nursery and the first dispatcher, on a machine that swaps
@@ -314,7 +315,7 @@ def decode_json(message: Message) -> dict[str, Any]:
     """The payload of a control message; ProtocolError where it is not a JSON object."""
     try:
         content = json.loads(message.payload)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"{message!r} does not hold JSON: {error}") from None
     if not isinstance(content, dict):
         raise ProtocolError(f"{message!r} does not hold a JSON object")
@@ -399,8 +400,8 @@ class Decoder:
 # Never:  messages, daemons.
 # Rule:   what the other side can import goes by name, all else by value: code, cells, and the globals it reads.
 
-_code_of: dict[int, tuple[types.CodeType, bytes, tuple[str, ...]]] = {}     # id -> code, its bytes, globals it names
-_codes: dict[bytes, types.CodeType] = {}            # bytes -> code, where functions are rebuilt
+_definition_of: dict[int, tuple[types.CodeType, tuple[Any, ...], bytes, tuple[str, ...]]] = {}     # by id(code)
+_definitions: dict[bytes, tuple[Any, ...]] = {}     # where functions are rebuilt: code, module, name, qualname, doc
 _namespaces: dict[str, dict[str, Any]] = {}         # module -> what its by-value functions share
 _class_tokens: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
@@ -410,15 +411,21 @@ _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLO
 def dumps(obj: Any) -> bytes:
     """Serializes `obj`: pickle, and by value the functions and classes that another process cannot import.
 
-    Raises pickle.PicklingError that names the path to the culprit where something can't be serialized, and
-    whatever an object's own pickling method raises.
+    Raises what pickle raises where something can't be serialized: TypeError, pickle.PicklingError, or whatever an
+    object's own pickling method raises.
     """
+    return dump_after(b"", obj)
+
+
+def dump_after(head: bytes, obj: Any) -> bytes:
+    """`head`, then what `dumps()` gives, which may be large: without a copy of it."""
     stream = io.BytesIO()
+    stream.write(head)
     _Pickler(stream, 5).dump(obj)
     return stream.getvalue()
 
 
-def loads(data: bytes) -> Any:
+def loads(data: bytes | memoryview) -> Any:
     """The object that `dumps()` made `data` of. Unpickling runs code: only for bytes of a trusted origin."""
     return pickle.loads(data)
 
@@ -426,7 +433,7 @@ def loads(data: bytes) -> Any:
 def _by_reference(obj: Any, name: str) -> bool:
     """Whether importing `obj.__module__` and looking up `name` gives `obj`, here and so elsewhere."""
     module = getattr(obj, "__module__", None)
-    if module is None or module == "__main__" or module in _namespaces:
+    if module is None or module == "__main__":
         return False
     found: Any = sys.modules.get(module)
     if found is None or getattr(found, "__spec__", None) is None and module != "builtins":
@@ -454,7 +461,7 @@ class _Pickler(pickle.Pickler):
         if kind is types.ModuleType:
             return importlib.import_module, (obj.__name__,)
         if kind is types.CellType:
-            return _make_cell, (), (obj.cell_contents,) if _is_filled(obj) else None, None, None, _fill_cell
+            return types.CellType, (), (obj.cell_contents,) if _is_filled(obj) else None, None, None, _fill_cell
         if issubclass(kind, type):
             if obj in _UNNAMED_TYPES:
                 return getattr, (types, _UNNAMED_TYPES[obj])
@@ -467,58 +474,63 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _describe_code(code: types.CodeType) -> tuple[types.CodeType, bytes, tuple[str, ...]]:
-    """A code object's bytes and the globals that it and the code nested in it name; worked out once."""
-    known = _code_of.get(id(code))
-    if known is None:
-        import dis
-        names: dict[str, None] = {}
-        todo = [code]
-        while todo:
-            each = todo.pop()
-            names.update((i.argval, None) for i in dis.get_instructions(each) if i.opname in _GLOBAL_OPS)
-            todo.extend(c for c in each.co_consts if isinstance(c, types.CodeType))
-        if len(_code_of) >= CACHED_CODES:
-            _code_of.clear()
-        known = _code_of[id(code)] = (code, marshal.dumps(code), tuple(names))   # holds the code: its id stays its own
-    return known
+def _define(f: types.FunctionType) -> tuple[bytes, tuple[str, ...]]:
+    """A function's definition as bytes, and the globals that its code and code nested in it name; made once."""
+    code = f.__code__
+    about = f.__module__, f.__name__, f.__qualname__, f.__doc__ if isinstance(f.__doc__, str) else None
+    known = _definition_of.get(id(code))
+    if known is None or known[1] != about:
+        if len(_definition_of) >= CACHED_CODES:
+            _definition_of.clear()
+        definition = marshal.dumps((sys.implementation.cache_tag, marshal.dumps(code), *about))
+        known = _definition_of[id(code)] = code, about, definition, _names_of(code)     # holds the code, and so its id
+    return known[2], known[3]
+
+
+def _names_of(code: types.CodeType) -> tuple[str, ...]:
+    import dis
+    names: dict[str, None] = {}
+    todo = [code]
+    while todo:
+        each = todo.pop()
+        names.update((i.argval, None) for i in dis.get_instructions(each) if i.opname in _GLOBAL_OPS)
+        todo.extend(c for c in each.co_consts if isinstance(c, types.CodeType))
+    return tuple(names)
 
 
 def _reduce_function(f: types.FunctionType) -> tuple[Any, ...]:
-    _, code, names = _describe_code(f.__code__)
+    definition, names = _define(f)
     scope = f.__globals__
-    state = (f.__name__, f.__qualname__, f.__defaults__, f.__kwdefaults__, f.__annotations__ or None, f.__doc__,
-             f.__dict__ or None, {n: scope[n] for n in names if n in scope}, f.__closure__)
-    origin = (code, sys.implementation.cache_tag, f.__module__, len(f.__closure__ or ()))
-    return _make_function, origin, state, None, None, _fill_function
+    read = {n: scope[n] for n in names if n in scope} if names else None
+    state = f.__defaults__, f.__kwdefaults__, f.__annotations__, f.__dict__, read
+    if not any(state):
+        return _make_function, (definition, f.__closure__)
+    return _make_function, (definition, f.__closure__), state, None, None, _fill_function
 
 
-def _make_function(code: bytes, tag: str, module: str, ncells: int) -> types.FunctionType:
-    if tag != sys.implementation.cache_tag:
-        raise pickle.UnpicklingError(
-            f"a function that was compiled by {tag} can't run on {sys.implementation.cache_tag}: use the same Python "
-            "version on both sides, or put the function in a module that both can import")
-    known = _codes.get(code)
+def _make_function(definition: bytes, cells: tuple[types.CellType, ...] | None) -> types.FunctionType:
+    known = _definitions.get(definition)
     if known is None:
-        if len(_codes) >= CACHED_CODES:
-            _codes.clear()
-        known = _codes[code] = marshal.loads(code)
-    cells = tuple(types.CellType() for _ in range(ncells))
-    return types.FunctionType(known, _namespace(module), None, None, cells or None)
+        tag, code, *about = marshal.loads(definition)
+        if tag != sys.implementation.cache_tag:
+            raise pickle.UnpicklingError(
+                f"a function that was compiled by {tag} can't run on {sys.implementation.cache_tag}: use the same "
+                "Python on both sides, or put the function in a module that both can import")
+        if len(_definitions) >= CACHED_CODES:
+            _definitions.clear()
+        known = _definitions[definition] = marshal.loads(code), *about
+    code, module, name, qualname, doc = known
+    f = types.FunctionType(code, _namespace(module), name, None, cells)
+    f.__module__, f.__qualname__, f.__doc__ = module, qualname, doc
+    return f
 
 
 def _fill_function(f: types.FunctionType, state: tuple[Any, ...]) -> None:
-    name, qualname, defaults, kwdefaults, annotations, doc, attributes, scope, cells = state
-    f.__name__, f.__qualname__, f.__defaults__, f.__kwdefaults__, f.__doc__ = name, qualname, defaults, kwdefaults, doc
-    f.__globals__.update(scope)
-    f.__module__ = f.__globals__["__name__"]
+    f.__defaults__, f.__kwdefaults__, annotations, attributes, read = state
     if annotations:
         f.__annotations__ = annotations
-    if attributes:
-        f.__dict__.update(attributes)
-    for mine, sent in zip(f.__closure__ or (), cells or ()):
-        if _is_filled(sent):
-            mine.cell_contents = sent.cell_contents
+    f.__dict__.update(attributes)
+    f.__globals__.update(read or ())
 
 
 def _namespace(module: str) -> dict[str, Any]:
@@ -537,10 +549,6 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-def _make_cell() -> types.CellType:
-    return types.CellType()
-
-
 def _fill_cell(cell: types.CellType, state: tuple[Any, ...]) -> None:
     cell.cell_contents = state[0]
 
@@ -550,6 +558,8 @@ def _reduce_class(cls: type) -> tuple[Any, ...]:
     if token is None:
         token = _class_tokens[cls] = os.urandom(16).hex()
         _classes[token] = cls
+    if "_member_map_" in vars(cls) and "_member_names_" in vars(cls):
+        return _reduce_enum(token, cls)
     body = {name: value for name, value in vars(cls).items()
             if name not in ("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__",
                             "_abc_impl")
@@ -573,6 +583,27 @@ def _make_class(token: str, meta: type, name: str, bases: tuple[type, ...], head
 _unfilled: weakref.WeakSet[type] = weakref.WeakSet()
 
 
+def _reduce_enum(token: str, cls: Any) -> tuple[Any, ...]:
+    """An enum can't be made empty and filled: its members and whatever else its body held go at once."""
+    members = {name: member.value for name, member in cls._member_map_.items()}
+    body = {name: value for name, value in vars(cls).items()
+            if name not in members and not (name.startswith("_") and name.endswith("_"))}
+    head = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return _make_enum, (token, type(cls), cls.__name__, cls.__bases__, {**head, **body}, members)
+
+
+def _make_enum(token: str, meta: Any, name: str, bases: tuple[type, ...], body: dict[str, Any],
+               members: dict[str, Any]) -> type:
+    cls = _classes.get(token)
+    if cls is None:
+        scope = meta.__prepare__(name, bases)
+        for key, value in itertools.chain(body.items(), members.items()):
+            scope[key] = value
+        cls = _classes[token] = meta(name, bases, scope)
+        _class_tokens[cls] = token
+    return cls
+
+
 def _fill_class(cls: type, body: dict[str, Any]) -> None:
     if cls in _unfilled:            # known from an earlier message, or our own come home: what it has is newer
         _unfilled.discard(cls)
@@ -582,16 +613,20 @@ def _fill_class(cls: type, body: dict[str, Any]) -> None:
 
 def explain_unserializable(obj: Any, root: str, error: BaseException) -> str:
     """The path from `root` to the part of `obj` that can't be serialized, and why, as `args[1].lock: …`."""
-    path, seen = root, set()
-    while id(obj) not in seen:
-        seen.add(id(obj))
+    path, seen = root, {id(obj)}
+    while len(seen) < 100 and not isinstance(error, RecursionError):
         for step, part in _parts(obj):
+            if id(part) in seen:
+                continue
             try:
                 dumps(part)
             except Exception as deeper:
                 path, obj, error = path + step, part, deeper
+                seen.add(id(part))
                 break
-    return f"{path}: {error}"
+        else:
+            return f"{path}: {error}"
+    return f"{root}: nested too deeply, or {error}"
 
 
 def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
@@ -609,7 +644,7 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
         for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or ()):
             if _is_filled(cell):
                 yield f" (closes over {name})", cell.cell_contents
-        for name in _describe_code(obj.__code__)[2]:
+        for name in _define(obj)[1]:
             if name in obj.__globals__:
                 yield f" (reads global {name})", obj.__globals__[name]
     elif not isinstance(obj, type):
@@ -624,6 +659,9 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
 # Never:  ids, sockets, who asked.
 
 _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
+
+
+VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
 
 
 def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -664,7 +702,7 @@ def evaluate(payload: bytes) -> bytes:
 
 def _dump_value(value: Any) -> bytes:
     try:
-        return dumps((True, value))
+        return dump_after(VALUE, value)
     except BaseException as error:
         if isinstance(error, Exception):
             where = explain_unserializable(value, "result", error)
@@ -699,6 +737,17 @@ def _run_source(source: str, names: dict[str, Any]) -> Any:
     return None if last is None else eval(last, scope)
 
 
+@contextlib.contextmanager
+def _suppress_all() -> Iterator[None]:
+    """For user code in the making of error values, which may raise anything; only an interrupt goes through."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return
+
+
 def _class_names(cls: type) -> list[str]:
     return [c.__qualname__ if c.__module__ == "builtins" else f"{c.__module__}.{c.__qualname__}"
             for c in cls.__mro__ if c is not object]
@@ -709,36 +758,34 @@ def _trace_text(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
-    try:
+    with _suppress_all():
         return "".join(traceback.format_exception(type(error), error, trace))
-    except Exception as why:
-        return f"{type(error).__qualname__} (its traceback can't be shown: {type(why).__name__})\n"
+    return f"{type(error).__qualname__} (its traceback can't be shown)\n"
 
 
 def dump_failure(error: BaseException) -> bytes:
     """An exception as an outcome: texts that always arrive, and what of the original can be serialized."""
-    try:
+    message = f"{type(error).__qualname__} (its text can't be shown)"
+    with _suppress_all():
         message = f"{type(error).__qualname__}: {error}"
-    except Exception:
-        message = f"{type(error).__qualname__} (its text can't be shown)"
     attributes = {}
     for name, value in getattr(error, "__dict__", {}).items():
-        with contextlib.suppress(Exception):
+        with _suppress_all():
             attributes[name] = dumps(value)
-    try:
-        original = dumps(error) if isinstance(error, Exception) else None
-    except Exception:
-        original = None     # its class or its contents can't travel: the texts say what it was
-    return dumps((False, (message, _class_names(type(error)), _trace_text(error), attributes, original,
-                          isinstance(error, KeyboardInterrupt))))
+    original = None         # where its class or its contents can't travel the texts say what it was
+    if isinstance(error, Exception):
+        with _suppress_all():
+            original = dumps(error)
+    return dump_after(FAILURE, (message, _class_names(type(error)), _trace_text(error), attributes, original,
+                                isinstance(error, KeyboardInterrupt)))
 
 
 def load_outcome(payload: bytes) -> tuple[Any, bool]:
     """The value of an outcome and True, or its error value and False. Whatever goes wrong in rebuilding it
     is an error value too, save a KeyboardInterrupt: that is the user's, who is waiting here."""
     try:
-        success, content = loads(payload)
-        return (content, True) if success else (_load_failure(*content), False)
+        content = loads(memoryview(payload)[1:])
+        return (_load_failure(*content), False) if payload.startswith(FAILURE) else (content, True)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -750,10 +797,10 @@ def _load_failure(message: str, classes: list[str], trace: str, attributes: dict
                   original: bytes | None, interrupted: bool) -> MiraiError:
     kept, rebuilt = {}, None
     for name, value in attributes.items():
-        with contextlib.suppress(Exception):
+        with _suppress_all():
             kept[name] = loads(value)
     if original is not None:
-        with contextlib.suppress(Exception):
+        with _suppress_all():
             rebuilt = loads(original)
     if not isinstance(rebuilt, Exception) or isinstance(rebuilt, StopIteration):
         rebuilt = None      # a StopIteration would end the generator or coroutine that waits, in silence
@@ -773,8 +820,8 @@ def _load_failure(message: str, classes: list[str], trace: str, attributes: dict
 # Rule 3. A daemon has one task at a time, and stays busy until it answers, cancelled or not.
 # Rule 4. A slot is a local daemon that should be: off -> launching -> ready -> (ended) launching, or resting.
 #         A resting slot is launched when tasks wait that no coming daemon will take.
-# Rule 5. MAX_FAILED_STARTS launches that end in a row before they are ready (or before they begin the first task
-#         they are given) stop the launching, until asked anew.
+# Rule 5. MAX_FAILED_STARTS launches that end before they are ready (or before they begin the first task they are
+#         given), no local daemon having answered in between, stop the launching until it is asked for anew.
 
 Assign = collections.namedtuple("Assign", "daemon task")        # send the task there
 Interrupt = collections.namedtuple("Interrupt", "daemon task")  # tell the daemon to drop what it runs, if it is that
@@ -930,7 +977,7 @@ class DispatcherCore:
         """A launched daemon ended before it was of use."""
         self.failures += 1
         if self.failures < MAX_FAILED_STARTS and not self.stopped:
-            return self._rest(slot) + self._next() if self.elastic else self._launch(slot)
+            return (self._rest(slot) if self.elastic else self._launch(slot)) + self._next()
         effects: list[Any] = [] if self.stopped else [StopLaunching()]
         self.stopped = True
         return effects + self._rest(slot) + self._next()
@@ -1033,7 +1080,7 @@ def parse_url(url: str) -> Address:
     if scheme != "tcp":
         raise ValueError(f"{url!r} has the unknown scheme {scheme!r}: {right}")
     host, separator, port = rest.rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535 or not host.strip("[]"):
+    if not separator or not (port.isascii() and port.isdigit()) or int(port) > 65535 or not host.strip("[]"):
         raise ValueError(f"{url!r} lacks a host or a port: {right}")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(f"{url!r}: an IPv6 address goes in brackets: {right}")
@@ -1096,6 +1143,11 @@ def write_key_file(url: str, key: bytes) -> str:
     return path
 
 
+def _passing_over() -> contextlib.suppress:
+    """For key files that went away, or that hold something else."""
+    return contextlib.suppress(OSError, ValueError, KeyError, TypeError)
+
+
 def find_key(url: str) -> bytes:
     """The key for a URL: MIRAI_KEY, or the key file of this user's own profile there; Refused where there is none."""
     if "MIRAI_KEY" in os.environ:
@@ -1104,7 +1156,7 @@ def find_key(url: str) -> bytes:
         directory = runtime_dir()
         for name in os.listdir(directory):
             if name.endswith(".key"):
-                with contextlib.suppress(OSError, ValueError, KeyError), open(os.path.join(directory, name)) as file:
+                with _passing_over(), open(os.path.join(directory, name)) as file:
                     entry = json.load(file)
                     if entry["url"] == url:
                         return parse_key(entry["key"])
@@ -1119,13 +1171,14 @@ def sweep_runtime_dir() -> None:
         gone = set()
         for name in os.listdir(directory):
             path = os.path.join(directory, name)
-            if stat.S_ISSOCK(os.lstat(path).st_mode) and not _answers(path):
+            new = name.endswith("~") and time.time() - os.lstat(path).st_ctime < START_TIME
+            if stat.S_ISSOCK(os.lstat(path).st_mode) and not new and not _answers(path):
                 gone.add(f"ipc://{path}")
                 os.unlink(path)
         for name in os.listdir(directory) if gone else ():
             path = os.path.join(directory, name)
-            with contextlib.suppress(OSError, ValueError), open(path) as file:
-                if name.endswith(".key") and json.load(file).get("url") in gone:
+            with _passing_over(), open(path) as file:
+                if name.endswith(".key") and json.load(file)["url"] in gone:
                     os.unlink(path)
 
 
@@ -1140,9 +1193,12 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
     if address.scheme == "ipc":
         sock = socket.socket(socket.AF_UNIX)
         try:
-            sock.bind(address.host)
-            os.chmod(address.host, 0o600)
+            if os.path.exists(address.host):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            sock.bind(address.host + "~")
+            os.chmod(address.host + "~", 0o600)
             sock.listen(1024)
+            os.rename(address.host + "~", address.host)     # under its name it answers, or is dead and swept away
         except OSError as error:
             sock.close()
             raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror}") from None
@@ -1273,6 +1329,7 @@ class DialerHandshake:
 
     def __init__(self, key: bytes, role: str, about: Mapping[str, Any]) -> None:
         self.key, self.done = key, False
+        self._proven = False        # the listener
         self._hello = json.dumps({"role": role, "nonce": os.urandom(32).hex(), "python": sys.version.split()[0],
                                   "pid": os.getpid(), "host": socket.gethostname(), **about}).encode()
 
@@ -1282,12 +1339,13 @@ class DialerHandshake:
     def receive(self, message: Message) -> bytes:
         if message.kind == Kind.REFUSED:
             raise Refused(f"refused by the listener: {decode_json(message).get('why')}")
-        if message.kind == Kind.CHALLENGE:
+        if message.kind == Kind.CHALLENGE and not self._proven:
             proof, challenge = message.payload[:32], message.payload[32:]
             if not hmac.compare_digest(proof, _proof(self.key, "listener", self._hello, challenge)):
                 raise Refused("the listener does not hold the key that this side holds")
+            self._proven = True
             return encode(Kind.PROOF, payload=_proof(self.key, "dialer", self._hello, challenge))
-        if message.kind != Kind.WELCOME:
+        if message.kind != Kind.WELCOME or not self._proven:
             raise ProtocolError(f"{message!r} in a handshake")
         self.done = True
         return b""
@@ -1306,6 +1364,9 @@ class ListenerHandshake:
             self.peer = decode_json(message)
             if self.peer.get("role") not in ("host", "daemon"):
                 raise Refused(f"the role {self.peer.get('role')!r} is unknown here")
+            kinds = {"pid": int, "host": str, "slot": (int, type(None)), "serial": (int, type(None))}
+            if not all(isinstance(self.peer.get(name), kind) for name, kind in kinds.items()):  # type: ignore[arg-type]
+                raise ProtocolError("a hello that makes no sense")
             self._hello = message.payload
             self._challenge = json.dumps({"nonce": os.urandom(32).hex(), "python": sys.version.split()[0]}).encode()
             proof = _proof(self.key, "listener", self._hello, self._challenge)
@@ -1448,8 +1509,11 @@ class Dispatcher:
         self._report_counts()
         while self.dirty:
             self._flush(self.dirty.pop())
-        if self.nursery.pending and not self.nursery.flush():
-            self._at(0.01, lambda: None)            # it is busy forking: come round again
+        try:
+            if self.nursery.pending and not self.nursery.flush():
+                self._at(0.01, lambda: None)        # it is busy forking: come round again
+        except OSError:
+            self._nursery_ended()
 
     def _report_counts(self) -> None:
         """The host's `status()` asks nobody: it is told, at most so often, but at once when daemons come or go."""
@@ -1622,11 +1686,15 @@ class Dispatcher:
             if message.kind != Kind.ENDED:
                 raise ProtocolError(f"{message!r} from the nursery")
             self._daemon_ended(decode_json(message))
-        if self.nursery.ended:                      # nobody is left to end the daemons but us
-            for daemon in self.joined.values():
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(daemon.pid, signal.SIGKILL)
-            self.running = False
+        if self.nursery.ended:
+            self._nursery_ended()
+
+    def _nursery_ended(self) -> None:
+        """Nobody is left to end the local daemons but us."""
+        for daemon in self.joined.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(daemon.pid, signal.SIGKILL)
+        self.running = False
 
     def _daemon_ended(self, report: Mapping[str, Any]) -> None:
         slot, how = report["slot"], describe_exit(report["status"])
@@ -1655,10 +1723,12 @@ class Dispatcher:
     def _assign(self, effect: Any) -> None:
         self._post(self.peers[effect.daemon], self.frames[effect.task])
 
-    def _interrupt(self, effect: Any) -> None:
-        peer = self.peers.get(effect.daemon)
-        if peer is None:
+    def _interrupt(self, effect: Any, delay: float = INTERRUPT_AGAIN) -> None:
+        """Again and again, ever more rarely, until the daemon has given the task back."""
+        peer, record = self.peers.get(effect.daemon), self.core.daemons.get(effect.daemon)
+        if peer is None or record is None or record.task != effect.task:
             return
+        self._at(delay, lambda: self._interrupt(effect, min(2 * delay, 2.0)))
         if peer.launch is None:
             self._post(peer, encode(Kind.CANCEL, effect.task))
         else:
@@ -1755,6 +1825,7 @@ def check_daemon_options(options: Mapping[str, Any]) -> None:
 def _become_daemon() -> None:
     """What tasks find: a `__main__` of their own, which the host's functions share; a `quit()` that ends it all."""
     _here["daemon"] = True
+    os.environ.pop("MIRAI_KEY", None)       # it has served; tasks and what they start need not have it
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     _namespaces["__main__"] = vars(main)
@@ -1806,7 +1877,7 @@ class _ThreadInbox:
         import queue
         self.connection = connection
         self.stops_on_ctrl_c = True
-        self.signalled = False          # by the thread: the next SIGINT is no Ctrl-C
+        self.signalled = False          # by this thread: the next SIGINT is no Ctrl-C
         self._cancelled = 0
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._empty = queue.Empty
@@ -1914,11 +1985,9 @@ class _Daemon:
             raise KeyboardInterrupt
 
     def _on_unraisable(self, unraisable: Any) -> None:
-        """An interrupt that fell into a finalizer, where exceptions vanish, is sent once more."""
+        """An interrupt that fell into a finalizer, where exceptions vanish: it is sent again anyway."""
         if isinstance(unraisable.exc_value, _Interrupted):
             self.armed = self.inbox.cancelled()
-            main = threading.main_thread().ident or 0
-            threading.Timer(0.001, signal.pthread_kill, (main, signal.SIGINT)).start()
         else:
             sys.__unraisablehook__(unraisable)
 
@@ -2153,6 +2222,8 @@ class Nursery:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     return
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)      # the group's number is taken as long as anybody is in it
             child = self.children.pop(pid, None)
             if child is not None:
                 self._ended(child, os.waitstatus_to_exitcode(status))
@@ -2271,6 +2342,7 @@ class NurseryHandle:
             self.process = subprocess.Popen(
                 [sys.executable, *_interpreter_flags(), "-c", _NURSERY_COMMAND, __name__, os.path.abspath(__file__),
                  str(os.getpid())], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True)
+        self.pid = self.process.pid
         ours.setblocking(False)
         self.connection = Connection(ours)
 
@@ -2358,15 +2430,15 @@ def _interpreter_flags() -> list[str]:
 # ======================================================================
 # 11. Mirai: the future
 # ======================================================================
-# Knows:  outcomes, waiting threads and event loops; of its link, only what `_Owner` names.
+# Knows:  outcomes, waiting threads and event loops; of its link only what `_Owner` names.
 # Never:  profiles, wire, processes.      Thread: any.
 # Rule:   resolves once; the outcome is kept as bytes until somebody looks at it.
 
 
 class _Owner:
-    """What a mirai needs of the link that will resolve it. All its mirais share `condition`, its lock reentrant."""
+    """What a mirai needs of the link that will resolve it. All its mirais share `lock`, which is reentrant."""
 
-    condition: threading.Condition
+    lock: Any
 
     def wait(self, m: Mirai, deadline: float | None) -> bool:
         """Blocks until `m` is done or the deadline has passed; says whether it is done."""
@@ -2401,7 +2473,8 @@ class Mirai(FutureOfAny):
     """
 
     # A stock Future costs seven times as much to make: here the state is the class's until it changes, the
-    # condition is the owner's, and the lists for waiters and callbacks are made when first touched.
+    # condition is the owner's lock (to be held is all that is left for it to do), and the lists for waiters and
+    # callbacks are made when first touched.
     _state = _futures.PENDING
     _outcome: bytes | None = None       # as it came, until somebody looks
     _value: Any = UNRESOLVED            # the value or the error value, once looked at
@@ -2413,8 +2486,8 @@ class Mirai(FutureOfAny):
         self._owner = owner
 
     @property
-    def _condition(self) -> threading.Condition:    # type: ignore[override]
-        return self._owner.condition
+    def _condition(self) -> Any:    # type: ignore[override]
+        return self._owner.lock
 
     def __getattr__(self, name: str) -> Any:
         """Only for what `Future.__init__` would have made."""
@@ -2427,11 +2500,11 @@ class Mirai(FutureOfAny):
     # -- resolving, by the owner
 
     def settle(self, outcome: bytes | ErrorValue) -> bool:
-        """Resolves it, the condition's lock held; False where it had resolved. Runs no user code."""
+        """Resolves it, the owner's lock held; False where it had resolved. Runs no user code."""
         if self._state in (_futures.FINISHED, _futures.CANCELLED_AND_NOTIFIED):
             return False
         if isinstance(outcome, bytes):
-            self._outcome = outcome
+            self._outcome, self._failed = outcome, outcome.startswith(FAILURE)
         else:
             self._value, self._failed = outcome, True
         cancelled = isinstance(outcome, MiraiCancelled)
@@ -2449,7 +2522,7 @@ class Mirai(FutureOfAny):
         outcome = self._outcome
         if outcome is not None:
             value, success = load_outcome(outcome)
-            with self._owner.condition:
+            with self._owner.lock:
                 if self._outcome is not None:
                     self._value, self._failed = value, not success
                     self._outcome = None
@@ -2572,14 +2645,21 @@ class _LoopWaiter:
 # Knows:  one connection to a dispatcher, the mirais that are under way on it.
 # Never:  what daemons are, user code.
 # Rule:   whoever waits reads. A thread of the link's own reads where nobody else does, and minds the timeouts.
-#         `reading` is held by whoever reads; `condition`'s lock guards the mirais' states; sends have their own.
+#         One lock guards all state, and is held for a read that does not wait; sends have their own. Locks are taken
+#         by `with` alone, and are C's: what a signal handler raises can fall anywhere else, and leaves none locked.
+#         Who reads is only a hint (`reader`, `reads`): two who do so at once are slower, not wrong.
 
 _callbacks: Any = None      # the queue of the one thread that runs callbacks
 
 
 def _run_callbacks(queue: Any) -> None:
     while True:
-        queue.get()._invoke_callbacks()
+        m = queue.get()
+        for callback in m._done_callbacks:
+            try:
+                callback(m)
+            except BaseException:       # a SystemExit as well: the thread is needed by others
+                _futures.LOGGER.exception("exception calling callback for %r", m)
 
 
 class Link(_Owner):
@@ -2589,9 +2669,7 @@ class Link(_Owner):
         self.connection = connection
         connection.sock.setblocking(False)
         self.describe_end = describe_end
-        self.condition = threading.Condition(threading.RLock())
-        self.lock = self.condition._lock        # type: ignore[attr-defined]  # in C: no signal falls into its `with`
-        self.reading = threading.Lock()
+        self.lock = threading.RLock()
         self.sending = threading.Lock()
         self.pending: dict[int, Mirai] = {}
         self.deadlines: list[tuple[float, int, Mirai]] = []
@@ -2600,7 +2678,8 @@ class Link(_Owner):
         self.launch_error: str | None = None    # why launching was given up
         self.closed: str | None = None          # why the link takes no more tasks
         self.reads = 0                          # grows with each read by a waiter: the thread can doze
-        self.sleepers = 0                       # threads that wait while another reads
+        self.reader = 0                         # the waiting thread that reads
+        self.sleepers: dict[Any, Callable[[], bool]] = {}       # who waits while another reads: a held lock, for what
         self.loops: dict[Any, int] = {}         # event loops that read, and for how many waiters
         self.eager = False                      # somebody depends on the thread's reading
         self.prompt = threading.Event()         # ends its doze
@@ -2608,7 +2687,7 @@ class Link(_Owner):
         self.wakened, self.waken = os.pipe()    # ends a waiter's poll
         for fd in (self.nudged, self.nudge, self.wakened, self.waken):
             os.set_blocking(fd, False)
-        self.poller = Poller(connection.fileno(), self.wakened)
+        self.released = False                   # the descriptors are closed: their numbers may be somebody else's
         self.thread = threading.Thread(target=self._mind, name="mirai-link", daemon=True)
         self.thread.start()
 
@@ -2650,9 +2729,13 @@ class Link(_Owner):
     # -- reading
 
     def _read(self) -> None:
-        """Takes what is there, `reading` held. No user code runs here."""
-        self.connection.receive()
-        self._take()
+        """Takes what is there, without waiting. No user code runs here."""
+        with self.lock:
+            if self.closed is None:
+                self.connection.receive()
+                self._take()
+        if self.reader not in (0, threading.get_ident()):
+            self._signal(self.waken)        # it sleeps in `poll`, and what it sleeps for may just have been taken
 
     def _take(self) -> None:
         with self.lock:
@@ -2672,7 +2755,14 @@ class Link(_Owner):
             if self.connection.ended:
                 self._end()
             if self.sleepers:
-                self.condition.notify_all()
+                self._wake_sleepers()
+
+    def _wake_sleepers(self) -> None:
+        """Those whose wait is over, the lock held."""
+        for gate, done in list(self.sleepers.items()):
+            if done() or self.closed is not None:
+                del self.sleepers[gate]
+                gate.release()
 
     def _resolve(self, m: Mirai, outcome: bytes | ErrorValue) -> bool:
         """Settled first and forgotten after: an interrupt in between repeats it, which changes nothing."""
@@ -2690,7 +2780,7 @@ class Link(_Owner):
             for m in list(self.pending.values()):
                 self._resolve(m, MiraiConnectionReset(self.closed))
             self.counts = (0, *self.counts[1:2], 0, 0, self.counts[4])
-            self.condition.notify_all()
+            self._wake_sleepers()
 
     # -- waiting
 
@@ -2699,100 +2789,104 @@ class Link(_Owner):
 
     def wait_for(self, done: Callable[[], bool], deadline: float | None) -> bool:
         """Blocks until `done()`, which the arrival of a message makes true; says whether it is."""
+        me = threading.get_ident()
         while not done():
             if self.closed is not None:
                 with self.lock:         # what was under way is being resolved
                     return done()
             if deadline is not None and time.monotonic() >= deadline:
                 return False
-            if self.reading.acquire(blocking=False):
-                try:
-                    self._read_until(done, deadline)
-                finally:
-                    self.reading.release()
-                    self._hand_over()
-            else:
+            if self.reader not in (0, me):
                 self._sleep_until(done, deadline)
+                continue
+            self.reader = me
+            try:
+                self._read_until(done, deadline)
+            finally:
+                self.reader = 0
+                self._hand_over()
         return True
 
     def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
         if self.connection.decoder.chunks:
             self._take()                # what an interrupted reader left behind
         for _ in range(SPINS):
-            if self.connection.receive():
-                self.reads += 1
-                self._take()
-            if done() or self.connection.ended:
+            self._read()
+            self.reads += 1
+            if done() or self.closed is not None:
                 return
             _yield()
+        poller = Poller(self.connection.fileno(), self.wakened)
         while not done() and self.closed is None:
-            ready = self.poller.wait(None if deadline is None else deadline - time.monotonic())
+            ready = poller.wait(None if deadline is None else deadline - time.monotonic())
             self.reads += 1
             if not ready:
                 return
             if self.wakened in ready:
-                os.read(self.wakened, 4096)
-            if ready != [self.wakened]:
-                self._read()
+                self._drain(self.wakened)
+            self._read()
 
     def _sleep_until(self, done: Callable[[], bool], deadline: float | None) -> None:
-        """Another reads: sleeps until it has taken something, or has left the reading to us."""
-        with self.condition:
-            if done() or not self.reading.locked():
+        """Another reads: sleeps until it has taken what we wait for, or has left the reading to us."""
+        gate = threading.Lock()
+        gate.acquire()
+        with self.lock:
+            if done() or not self.reader:
                 return
-            self.sleepers += 1
-            try:
-                self.condition.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            finally:
-                self.sleepers -= 1
+            self.sleepers[gate] = done
+        try:
+            gate.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic()))
+        finally:
+            self.sleepers.pop(gate, None)
 
     def _hand_over(self) -> None:
         """A reader has left: one of those asleep reads on."""
         if self.sleepers:
-            with self.condition:
-                self.condition.notify()
+            with self.lock:
+                for gate in self.sleepers:
+                    del self.sleepers[gate]
+                    gate.release()
+                    return
 
     def _rouse(self) -> None:
         """Something was resolved without a message: all who wait look again."""
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self.waken, b"w")
-        with self.condition:
-            self.condition.notify_all()
+        with self.lock:
+            self._signal(self.waken)
+            self._wake_sleepers()
+
+    def _signal(self, fd: int) -> None:
+        with self.lock, contextlib.suppress(BlockingIOError):
+            if not self.released:
+                os.write(fd, b"!")
+
+    def _drain(self, fd: int) -> None:
+        with self.lock, contextlib.suppress(BlockingIOError):
+            if not self.released:
+                os.read(fd, 4096)
 
     # -- the link's own thread
 
     def _mind(self) -> None:
         """Reads where nobody else does, and expires timeouts. It leaves a waiter (or loop) alone that was reading
         within the last DOZE seconds, and sleeps in `poll` where there is none."""
-        dozing = waited = False
+        dozing, left_at = False, -1
         poller = Poller(self.connection.fileno(), self.nudged)
-        try:
-            while self.closed is None:
-                reads, timeout = self.reads, self._expire()
-                if dozing and not self.eager:
-                    self.prompt.wait(min(timeout, DOZE))
-                    self.prompt.clear()
-                    dozing = self.reads != reads
-                    waited = not dozing
-                    continue
-                ready = poller.wait(timeout if timeout < 1e6 else None)
-                if self.nudged in ready:
-                    os.read(self.nudged, 4096)
-                if self.connection.fileno() in ready:
-                    self._read_in_turn(waited or not self.loops)
-                    dozing, waited = True, False        # nobody waits for what comes next, or they read it
-        except (OSError, ValueError):
-            if self.closed is None:
-                raise                   # not by `close()`, which takes the descriptors away: a defect to be seen
-
-    def _read_in_turn(self, may: bool) -> None:
-        """Reads unless somebody else does. `may`: no event loop is about to, or one has been given its time."""
-        if (may or self.eager) and self.reading.acquire(blocking=False):
-            try:
-                self._read()
-            finally:
-                self.reading.release()
-                self._hand_over()
+        while self.closed is None:
+            reads, timeout = self.reads, self._expire()
+            if dozing and not self.eager:
+                self.prompt.wait(min(timeout, DOZE))
+                self.prompt.clear()
+                dozing = self.reads != reads
+                continue
+            ready = poller.wait(timeout if timeout < 1e6 else None)
+            if self.nudged in ready:
+                self._drain(self.nudged)
+            if len(ready) > (self.nudged in ready):
+                if self.eager or not (self.reader or self.loops) or left_at == self.reads:
+                    self._read()
+                else:
+                    left_at = self.reads    # left to them, unless nothing has come of it by the next time
+                dozing = True               # nobody waits for what comes next, or they read it
 
     def _expire(self) -> float:
         """Resolves what is overdue; seconds until the next is."""
@@ -2810,8 +2904,7 @@ class Link(_Owner):
     def _prompt(self) -> None:
         """The thread is to look again, whatever it is doing."""
         self.prompt.set()
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self.nudge, b"n")
+        self._signal(self.nudge)
 
     # -- what a mirai asks for
 
@@ -2859,12 +2952,7 @@ class Link(_Owner):
 
     def _read_on_loop(self) -> None:
         self.reads += 1
-        if self.reading.acquire(blocking=False):
-            try:
-                self._read()
-            finally:
-                self.reading.release()
-                self._hand_over()
+        self._read()
 
     # -- ending
 
@@ -2879,10 +2967,13 @@ class Link(_Owner):
             self.connection.sock.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self.thread:
             self.thread.join(CLOSE_TIME)
-        with self.reading, self.sending:
+        with self.sending, self.lock:
             self._close_descriptors()
 
     def _close_descriptors(self) -> None:
+        if self.released:
+            return
+        self.released = True
         self.connection.close()
         for fd in (self.nudged, self.nudge, self.wakened, self.waken):
             os.close(fd)
@@ -2890,9 +2981,7 @@ class Link(_Owner):
     def forget(self) -> None:
         """In a forked child of the host, whose threads and connections stayed behind: nothing comes any more.
         The locks may be held by threads that do not exist here, and are made anew."""
-        self.condition = threading.Condition(threading.RLock())
-        self.lock = self.condition._lock        # type: ignore[attr-defined]
-        self.reading, self.sending = threading.Lock(), threading.Lock()
+        self.lock, self.sending = threading.RLock(), threading.Lock()
         self.closed = "the host process was forked; its daemons are its parent's"
         self._end()
         self._close_descriptors()
@@ -3392,10 +3481,12 @@ def unresolved(x: Any) -> Any:
 
 
 def is_mirai(x: Any) -> bool:
+    """Whether it is a mirai, resolved or not."""
     return isinstance(x, Mirai)
 
 
 def is_mirai_map(x: Any) -> bool:
+    """Whether it is what `mirai_map()` returns."""
     return isinstance(x, MiraiMap)
 
 
@@ -3405,6 +3496,7 @@ def is_mirai_error(x: Any) -> bool:
 
 
 def is_mirai_interrupt(x: Any) -> bool:
+    """Whether it is the error value of an evaluation that was interrupted on the daemon."""
     return isinstance(x, MiraiInterrupt)
 
 
@@ -3451,8 +3543,9 @@ class _Progress:
         return f"[{'#' * filled}{'.' * (room - filled)}]{tail}"
 
     def _show(self, end: str) -> None:
-        import shutil
-        width = shutil.get_terminal_size().columns
+        width = 80
+        with contextlib.suppress(OSError, ValueError):
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or width
         text = self.text(width)
         with contextlib.suppress(OSError, ValueError):      # a closed stderr must not end the wait
             sys.stderr.write(f"\r{text.ljust(width - 1)}{end}" if self.terminal else f"{text}{end}")
@@ -3521,7 +3614,13 @@ def _serve(options: Any) -> int:
         if pid == 0:
             return _serve_one(options.url, limits, key)
         children.append(pid)
-    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+    return max(_wait_for(pid) for pid in children)
+
+
+def _wait_for(pid: int) -> int:
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):        # Ctrl-C is for the daemons too, which end by it
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _serve_one(url: str, limits: Mapping[str, float], key: bytes) -> int:

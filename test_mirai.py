@@ -54,6 +54,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 FILE = os.path.join(HERE, "mirai.py")
 PYPY = sys.implementation.name == "pypy"
 
+# Sockets and key files of these tests, apart from those of whatever else this user runs.
+os.environ["XDG_RUNTIME_DIR"] = RUN = tempfile.mkdtemp(prefix="mirai-test-")
+atexit.register(shutil.rmtree, RUN, True)
+
 
 # -- helpers
 
@@ -109,7 +113,8 @@ def dispatcher_pid(compute="default"):
     """The dispatcher of a profile: the child of the nursery that holds the listening socket."""
     url = mirai._profiles[compute].url
     with open("/proc/net/unix") as file:
-        inode = next(line.split()[6] for line in file if line.rstrip().endswith(url[len("ipc://"):]))
+        inode = next(line.split()[6] for line in file
+                     if line.rstrip().endswith(url[len("ipc://"):] + "~"))     # the name it was bound to
     for pid in family_of(nursery_pid()):
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
@@ -242,3 +247,5888 @@ class Case(unittest.TestCase):
 
     def tearDown(self):
         faulthandler.cancel_dump_traceback_later()
+
+
+# -- 0. The house: what holds for the file as a whole
+
+
+PURE = ("2", "3", "4", "5", "6")
+WORLD = {"socket", "selectors", "select", "ssl", "subprocess", "threading", "time", "os"}
+EXCEPTED = {    # section, what it names -> why that is no input or output
+    ("4", "os.urandom"): "a class's token must differ from every other process's",
+}
+LONG_FUNCTIONS: dict = {}       # name -> why it is better in one piece
+
+
+class TestHouse(Case):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        with open(FILE, encoding="utf-8") as file:
+            cls.text = file.read()
+        cls.lines = cls.text.splitlines()
+        cls.tree = ast.parse(cls.text)
+        cls.banners = [(i, re.fullmatch(r"# (\d+)\. (.+)", line)) for i, line in enumerate(cls.lines, 1)
+                       if i > 1 and re.fullmatch("# =+", cls.lines[i - 2]) and re.fullmatch("# =+", cls.lines[i])]
+
+    def section_of(self, line):
+        """The number of the section that a line is in, a text; "0" above the first."""
+        return max((found for found in self.banners if found[0] <= line), default=(0, ["", "0"]))[1][1]
+
+    def nodes(self, *kinds):
+        return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+
+    def top_level(self):
+        """The statements of the module, those under an `if` or `try` included."""
+        todo, found = list(self.tree.body), []
+        while todo:
+            node = todo.pop(0)
+            found.append(node)
+            if isinstance(node, (ast.If, ast.Try, ast.With, ast.For, ast.While)):
+                todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.ExceptHandler))]
+        return found
+
+    def definitions(self):
+        """Every name that the module defines itself -> the section where it first does."""
+        found = {}
+        for node in self.top_level():
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names = [node.name]
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [n.id for target in targets for n in ast.walk(target)
+                         if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+            else:
+                continue
+            for name in names:
+                found.setdefault(name, int(self.section_of(node.lineno)))
+        return found
+
+    def uses(self):
+        """(name, line) of every global that compiled code reads or writes: annotations, which are texts, are not."""
+        import dis
+        todo, found = [compile(self.text, FILE, "exec", dont_inherit=True)], []
+        while todo:
+            code = todo.pop()
+            todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+            line, own = code.co_firstlineno, set()
+            lines = dict(dis.findlinestarts(code))
+            for step in dis.get_instructions(code):
+                line = lines.get(step.offset) or line
+                if step.opname == "STORE_NAME":
+                    own.add(step.argval)        # of a class body
+                elif step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL") or step.opname == "LOAD_NAME" and step.argval not in own:
+                    found.append((step.argval, line))
+        return found
+
+    def test_the_banners_are_the_contents(self):
+        contents = re.findall(r"^ +(\d+)\. (.+)$", mirai.__doc__.partition("Contents")[2], re.MULTILINE)
+        self.assertGreater(len(contents), 10)
+        self.assertEqual(contents, [(m[1], m[2]) for _, m in self.banners])
+        self.assertEqual([int(number) for number, _ in contents], list(range(1, len(contents) + 1)))
+
+    def test_every_heading_in_the_file_is_a_banner(self):
+        headings = [i for i, line in enumerate(self.lines, 1) if re.match(r"# \d+\. ", line)]
+        self.assertEqual(headings, [i for i, _ in self.banners])
+
+    def test_every_section_says_what_it_knows_and_never_does(self):
+        for line, match in self.banners:
+            head = "\n".join(self.lines[line + 1:line + 6])
+            with self.subTest(section=match[0]):
+                self.assertRegex(head, r"(?m)^# Knows:  \S")
+                self.assertRegex(head, r"(?m)^# Never:  \S")
+
+    def test_no_section_uses_a_name_of_a_section_below_it(self):
+        defined = self.definitions()
+        self.assertGreater(len(defined), 100)
+        uses = self.uses()
+        self.assertGreater(len(uses), 1000)
+        upward = sorted({f"{FILE}:{line}: section {self.section_of(line)} uses {name} of section {defined[name]}"
+                         for name, line in uses
+                         if int(self.section_of(line)) and defined.get(name, 0) > int(self.section_of(line))})
+        self.assertEqual(upward, [])
+
+    def test_the_pure_sections_name_nothing_of_the_world(self):
+        attribute_of = {id(n.value): n.attr for n in self.nodes(ast.Attribute)}
+        found, excepted = [], set()
+        for node in self.nodes(ast.Name, ast.Import, ast.ImportFrom):
+            section = self.section_of(node.lineno)
+            if section not in PURE:
+                continue
+            if isinstance(node, ast.Name):
+                names = [node.id]
+            else:
+                names = [a.name.partition(".")[0] for a in node.names] + [getattr(node, "module", None)]
+            for name in names:
+                full = f"{name}.{attribute_of[id(node)]}" if id(node) in attribute_of else name
+                if (section, full) in EXCEPTED:
+                    excepted.add((section, full))
+                elif name in WORLD or name == "pickle" and section != "4":
+                    found.append(f"line {node.lineno}, section {section}: {full}")
+        self.assertEqual(found, [])
+        self.assertEqual(excepted, set(EXCEPTED), "an exception that nothing needs")
+
+    def test_no_function_is_longer_than_sixty_lines(self):
+        sizes = {node.name: node.end_lineno - node.lineno + 1 for node in self.nodes(ast.FunctionDef, ast.AsyncFunctionDef)}
+        self.assertGreater(len(sizes), 200)
+        too_long = {name: size for name, size in sizes.items() if size > 60}
+        self.assertEqual(set(too_long), set(LONG_FUNCTIONS), too_long)
+
+    def test_the_file_has_at_most_five_thousand_lines(self):
+        self.assertLessEqual(len(self.lines), 5000)
+
+    def test_every_public_name_exists_and_is_documented(self):
+        self.assertEqual(sorted(set(mirai.__all__)), sorted(mirai.__all__))
+        for name in mirai.__all__:
+            with self.subTest(name):
+                self.assertTrue((getattr(mirai, name).__doc__ or "").strip())
+
+    def test_every_function_is_annotated(self):
+        bare, seen = [], 0
+        for scope in [self.tree, *self.nodes(ast.ClassDef)]:
+            for node in scope.body:
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    seen += 1
+                    a = node.args
+                    arguments = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
+                    unmethodical = arguments[1:] if scope is not self.tree and not any(
+                        getattr(d, "id", "") == "staticmethod" for d in node.decorator_list) else arguments
+                    if node.returns is None or any(x.annotation is None for x in unmethodical):
+                        bare.append(f"line {node.lineno}: {node.name}")
+        self.assertGreater(seen, 200)
+        self.assertEqual(bare, [])
+
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "Python before 3.10 has no list of its modules")
+    def test_nothing_outside_the_standard_library_is_imported(self):
+        names = {a.name for node in self.top_level() if isinstance(node, ast.Import) for a in node.names}
+        names |= {node.module for node in self.top_level() if isinstance(node, ast.ImportFrom)}
+        self.assertIn("pickle", names)
+        self.assertEqual({n for n in names if n.partition(".")[0] not in sys.stdlib_module_names}, set())
+
+    def test_the_examples_in_the_docstring_run(self):
+        import doctest
+        examples = doctest.DocTestParser().get_doctest(mirai.__doc__, {"__name__": "__main__"}, "mirai", FILE, 0)
+        self.assertGreater(len(examples.examples), 1)
+        said = io.StringIO()
+        failed, _ = doctest.DocTestRunner(verbose=False).run(examples, out=said.write)
+        self.assertEqual(failed, 0, said.getvalue())
+
+
+# -- 2. Errors
+
+
+ERRORS = {mirai.ErrorValue: 0, mirai.MiraiInterrupt: 1, mirai.MiraiTimeout: 5, mirai.MiraiConnectionReset: 19,
+          mirai.LaunchError: 19, mirai.MiraiCancelled: 20, mirai.MiraiError: 1000}
+
+
+class TestErrors(Case):
+    def test_codes_are_those_of_r(self):
+        self.assertEqual({cls.__name__: cls.code for cls in ERRORS}, {cls.__name__: code for cls, code in ERRORS.items()})
+        self.assertTrue(all(issubclass(cls, mirai.ErrorValue) for cls in ERRORS))
+
+    def test_every_class_survives_pickle_at_every_protocol(self):
+        for cls in ERRORS:
+            for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+                with self.subTest(cls.__name__, protocol=protocol):
+                    error = cls("it broke")
+                    error.note = [1]
+                    copy = pickle.loads(pickle.dumps(error, protocol))
+                    self.assertIs(type(copy), cls)
+                    self.assertEqual((str(copy), copy.args, copy.code, copy.note),
+                                     ("it broke", ("it broke",), ERRORS[cls], [1]))
+
+    def test_a_mirai_error_survives_pickle_with_all_that_it_knows(self):
+        error = MiraiError("ValueError: no", ["ValueError", "Exception"], "Traceback…\nValueError: no\n", {"at": 3},
+                           ValueError("no"))
+        copy = pickle.loads(pickle.dumps(error))
+        self.assertEqual((copy.condition_class, copy.stack_trace, copy.attributes, str(copy), repr(copy)),
+                         (error.condition_class, error.stack_trace, error.attributes, str(error), repr(error)))
+        self.assertIs(type(copy.original), ValueError)
+        self.assertEqual(copy.at, 3)
+
+    def test_errors_are_what_python_calls_them(self):
+        for cls, base in [(MiraiTimeout, TimeoutError), (MiraiTimeout, concurrent.futures.TimeoutError),
+                          (MiraiConnectionReset, ConnectionResetError), (mirai.LaunchError, MiraiConnectionReset),
+                          (MiraiCancelled, concurrent.futures.CancelledError), (MiraiInterrupt, MiraiError)]:
+            with self.subTest(cls.__name__, base=base.__name__), self.assertRaises(base):
+                raise cls("it broke")
+
+    def test_an_interrupt_does_not_end_the_host(self):
+        self.assertFalse(issubclass(MiraiInterrupt, KeyboardInterrupt))
+        self.assertTrue(all(issubclass(cls, Exception) for cls in ERRORS))
+
+    def test_the_text_of_a_mirai_error_ends_in_the_daemons_traceback(self):
+        self.assertEqual(str(MiraiError("ValueError: no")), "ValueError: no")
+        self.assertEqual(str(MiraiError("ValueError: no", (), "Traceback\n  there\n")),
+                         "ValueError: no\n\nTraceback\n  there")
+        self.assertEqual(repr(MiraiError("ValueError: no", (), "Traceback\n")), "<MiraiError 1000: ValueError: no>")
+        self.assertEqual(str(MiraiError()), "")
+
+    def test_attributes_of_the_original_are_read_from_the_error(self):
+        error = MiraiError("no", attributes={"errno": 2, "args": "not these"})
+        self.assertEqual((error.errno, error.attributes["args"], error.args), (2, "not these", ("no",)))
+        self.assertFalse(hasattr(error, "filename"))
+        with self.assertRaisesRegex(AttributeError, "'MiraiError' object has no attribute 'filename'"):
+            error.filename
+
+    def test_attribute_access_of_a_half_made_error_does_not_recurse(self):
+        with self.assertRaises(AttributeError):
+            MiraiError.__new__(MiraiError).attributes
+
+    def test_unresolved_is_one_falsy_object(self):
+        self.assertFalse(mirai.UNRESOLVED)
+        self.assertEqual((repr(mirai.UNRESOLVED), str(mirai.UNRESOLVED)), ("<unresolved>", "<unresolved>"))
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            self.assertIs(pickle.loads(pickle.dumps(mirai.UNRESOLVED, protocol)), mirai.UNRESOLVED)
+        self.assertIs(mirai.loads(mirai.dumps([mirai.UNRESOLVED]))[0], mirai.UNRESOLVED)
+
+    def test_the_end_of_a_process_is_told_in_words(self):
+        for status_, words in [(0, "exited with status 0"), (3, "exited with status 3"), (-9, "was killed by SIGKILL"),
+                               (-signal.SIGSEGV, "was killed by SIGSEGV"), (-99, "was killed by signal 99")]:
+            with self.subTest(status_):
+                self.assertEqual(mirai.describe_exit(status_), words)
+
+    def test_a_loss_ends_in_the_last_words_where_there_are_any(self):
+        self.assertEqual(mirai.describe_loss("daemon 7", "exited with status 1", " \n"), "daemon 7 exited with status 1")
+        self.assertEqual(mirai.describe_loss("daemon 7", "was killed by SIGKILL", "\nhelp\n"),
+                         "daemon 7 was killed by SIGKILL; its last words:\nhelp")
+
+
+# -- 3. Wire
+
+
+class TestWire(Case):
+    FRAMES = [mirai.encode(mirai.Kind.TASK, 7, b"payload", 3), mirai.encode(mirai.Kind.CANCEL, (1 << 64) - 1)]
+    MESSAGES = [(mirai.Kind.TASK, 7, 3, b"payload"), (mirai.Kind.CANCEL, (1 << 64) - 1, 0, b"")]
+
+    def decode(self, pieces, limit=None):
+        """Every message, taken as soon as it is there."""
+        decoder, found = mirai.Decoder(limit), []
+        for piece in pieces:
+            decoder.feed(piece)
+            found += map(tuple, decoder)
+        return found
+
+    def test_a_message_comes_out_as_it_went_in(self):
+        message = next(iter(self.fed(self.FRAMES[0])))
+        self.assertEqual((message.kind, message.id, message.flags, message.payload), self.MESSAGES[0])
+        self.assertEqual(repr(message), f"<Message kind={mirai.Kind.TASK} id=7 flags=3 bytes=7>")
+
+    def fed(self, *pieces, limit=None):
+        decoder = mirai.Decoder(limit)
+        for piece in pieces:
+            decoder.feed(piece)
+        return decoder
+
+    def test_kinds_are_distinct_and_fit_a_byte(self):
+        kinds = [value for name, value in vars(mirai.Kind).items() if name.isupper()]
+        self.assertGreater(len(kinds), 10)
+        self.assertEqual(len(set(kinds)), len(kinds))
+        self.assertTrue(all(0 < kind < 256 for kind in kinds))
+
+    def test_every_split_of_two_frames_gives_the_same_two_messages(self):
+        stream = b"".join(self.FRAMES)
+        for first, second in itertools.combinations_with_replacement(range(len(stream) + 1), 2):
+            pieces = [piece for piece in (stream[:first], stream[first:second], stream[second:]) if piece]
+            self.assertEqual(self.decode(pieces), self.MESSAGES, (first, second))
+
+    def test_one_byte_at_a_time_is_enough(self):
+        stream = b"".join(self.FRAMES) * 3
+        self.assertEqual(self.decode([stream[i:i + 1] for i in range(len(stream))]), self.MESSAGES * 3)
+
+    def test_a_message_comes_with_its_last_byte_and_no_sooner(self):
+        decoder = mirai.Decoder()
+        for byte in self.FRAMES[0][:-1]:
+            decoder.feed(bytes([byte]))
+            self.assertIsNone(decoder.pop())
+        decoder.feed(self.FRAMES[0][-1:])
+        self.assertEqual(decoder.pop(), self.MESSAGES[0])
+
+    def test_several_frames_in_one_piece_come_one_by_one(self):
+        self.assertEqual(self.decode([b"".join(self.FRAMES) * 50 + self.FRAMES[0][:5], self.FRAMES[0][5:]]),
+                         self.MESSAGES * 50 + self.MESSAGES[:1])
+
+    def test_an_empty_payload_is_a_message(self):
+        self.assertEqual(self.decode([mirai.encode(mirai.Kind.WELCOME)]), [(mirai.Kind.WELCOME, 0, 0, b"")])
+
+    def test_what_is_too_long_is_refused_before_its_body_arrives(self):
+        header = mirai.HEADER.pack(1 << 60, mirai.WIRE_VERSION, mirai.Kind.HELLO, 0, 0)
+        with self.assertRaisesRegex(mirai.ProtocolError, f"{1 << 60} bytes where at most 4096"):
+            list(self.fed(header, limit=4096))
+        with self.assertRaises(mirai.ProtocolError):
+            self.fed(header, limit=4096).pop()
+
+    def test_the_limit_itself_is_allowed(self):
+        self.assertEqual(len(self.decode([mirai.encode(mirai.Kind.TASK, 1, bytes(100))], limit=100)), 1)
+        with self.assertRaises(mirai.ProtocolError):
+            self.decode([mirai.encode(mirai.Kind.TASK, 1, bytes(101))], limit=100)
+
+    def test_an_announced_length_costs_no_memory_until_it_comes(self):
+        decoder = self.fed(mirai.HEADER.pack(1 << 62, mirai.WIRE_VERSION, mirai.Kind.TASK, 0, 1))
+        for _ in range(100):        # to set so much aside would be a MemoryError
+            self.assertEqual(list(decoder), [])
+            self.assertLessEqual(decoder.wanted(), 16 << 20)
+            decoder.feed(bytes(1000))
+
+    def test_more_is_read_at_once_while_a_large_message_arrives_and_never_past_reason(self):
+        decoder = mirai.Decoder()
+        small = decoder.wanted()
+        decoder.feed(mirai.HEADER.pack(100 << 20, mirai.WIRE_VERSION, mirai.Kind.TASK, 0, 1))
+        self.assertEqual(list(decoder), [])
+        self.assertGreater(decoder.wanted(), small)
+        decoder.feed(bytes(100 << 20))
+        self.assertEqual(len(list(decoder)), 1)
+        self.assertEqual(decoder.wanted(), small)
+
+    def test_another_wire_version_is_refused(self):
+        frame = mirai.HEADER.pack(0, mirai.WIRE_VERSION + 1, mirai.Kind.HELLO, 0, 0)
+        with self.assertRaisesRegex(mirai.ProtocolError, f"wire version {mirai.WIRE_VERSION + 1} met {mirai.WIRE_VERSION}"):
+            list(self.fed(frame))
+
+    def test_a_browser_is_refused(self):
+        with self.assertRaises(mirai.ProtocolError):
+            list(self.fed(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"))
+
+    def test_messages_before_the_refused_one_still_come(self):
+        decoder, found = self.fed(self.FRAMES[0] + b"\xff" * mirai.HEADER.size), []
+        with self.assertRaises(mirai.ProtocolError):
+            for message in decoder:
+                found.append(message)
+        self.assertEqual(found, self.MESSAGES[:1])
+
+    def test_json_goes_there_and_back(self):
+        message = self.fed(mirai.encode_json(mirai.Kind.START, {"ü": [1, None]}, 9)).pop()
+        self.assertEqual((message.kind, message.id, mirai.decode_json(message)), (mirai.Kind.START, 9, {"ü": [1, None]}))
+
+    def test_what_is_no_json_object_is_the_peers_fault(self):
+        for payload in (b"", b"{", b"\xff\xfe\x00", b"[]", b"1", b"null", b'"text"', b'{"a": 1} x'):
+            with self.subTest(payload), self.assertRaises(mirai.ProtocolError):
+                mirai.decode_json(mirai.Message(mirai.Kind.HELLO, 0, 0, payload))
+
+    def test_json_nested_beyond_measure_is_the_peers_fault(self):
+        for payload in (b"[" * 4000, b'{"a":' * 800, b"[" * 1_000_000):     # the first two fit a stranger's frame
+            with self.subTest(payload[:10]), self.assertRaises(mirai.ProtocolError):
+                mirai.decode_json(mirai.Message(mirai.Kind.HELLO, 0, 0, payload))
+
+    def test_a_message_whose_handling_was_interrupted_comes_again(self):
+        decoder, handled = self.fed(*self.FRAMES), []
+        with self.assertRaises(KeyboardInterrupt):
+            for message in decoder:
+                raise KeyboardInterrupt
+        for message in decoder:
+            handled.append(tuple(message))
+        self.assertEqual(handled, self.MESSAGES)
+        self.assertEqual(list(decoder), [])
+
+    def test_only_the_message_at_hand_comes_again(self):
+        decoder = self.fed(*self.FRAMES)
+        with self.assertRaises(KeyboardInterrupt):
+            for message in decoder:
+                if message == self.MESSAGES[1]:
+                    raise KeyboardInterrupt
+        self.assertEqual(list(map(tuple, decoder)), self.MESSAGES[1:])
+
+    def test_pop_takes_the_message(self):
+        decoder = self.fed(*self.FRAMES)
+        self.assertEqual([decoder.pop(), decoder.pop(), decoder.pop()], [*self.MESSAGES, None])
+
+    def test_bytes_appended_to_the_chunks_are_fed(self):
+        decoder = mirai.Decoder()
+        for frame in self.FRAMES:
+            decoder.chunks.append(frame)
+            self.assertEqual(len(list(decoder)), 1)
+
+    def test_a_large_frame_in_small_pieces_takes_linear_time(self):
+        piece = bytes(65536)
+
+        def seconds(count):
+            decoder = self.fed(mirai.HEADER.pack(count * len(piece), mirai.WIRE_VERSION, mirai.Kind.TASK, 0, 1))
+            began = time.process_time()
+            for _ in range(count):
+                self.assertIsNone(decoder.pop())
+                decoder.feed(piece)
+            self.assertEqual(len(decoder.pop().payload), count * len(piece))
+            return time.process_time() - began
+
+        small, large = map(min, zip(*[(seconds(64), seconds(512)) for _ in range(3)]))
+        self.assertLess(large, 32 * small, "8 times the bytes took more than 32 times the time: 64 were quadratic")
+
+    def test_many_small_frames_in_one_piece_take_linear_time(self):
+        def seconds(count):
+            decoder = self.fed(self.FRAMES[1] * count)
+            began = time.process_time()
+            self.assertEqual(sum(1 for _ in decoder), count)
+            return time.process_time() - began
+
+        small, large = map(min, zip(*[(seconds(4000), seconds(32000)) for _ in range(5)]))
+        self.assertLess(large, 32 * small)
+
+    def test_random_streams_in_random_pieces_come_out_as_they_went_in(self):
+        for seed in range(200):
+            chance = random.Random(seed)
+            sent = [(chance.randrange(256), chance.randrange(1 << 64), chance.randrange(1 << 16),
+                     bytes(chance.choice([0, 1, 20, 70, 3000, 200000 if seed % 10 == 0 else 300])))
+                    for _ in range(chance.randrange(1, 20))]
+            stream = b"".join(mirai.encode(kind, id, payload, flags) for kind, id, flags, payload in sent)
+            decoder, got, at = mirai.Decoder(), [], 0
+            while at < len(stream):
+                size = chance.choice([1, 19, 20, 21, 400, 70000])
+                decoder.feed(stream[at:at + size])
+                at += size
+                for message in decoder:         # now and then the handling is broken off before it took effect
+                    if chance.random() < 0.1:
+                        break
+                    got.append(tuple(message))
+            got += map(tuple, decoder)
+            self.assertEqual(got, sent, f"seed {seed}")
+
+
+# -- 4. Serializer
+
+
+class Elsewhere:
+    """A fresh interpreter that knows mirai and nothing of this file: calls what it is sent, sends the value back."""
+
+    CODE = """
+        import struct, sys
+        import mirai
+        answers, sys.stdout = sys.stdout.buffer, sys.stderr
+        while True:
+            size = sys.stdin.buffer.read(8)
+            if not size:
+                break
+            data = sys.stdin.buffer.read(*struct.unpack("<Q", size))
+            try:
+                f, args, kwargs = mirai.loads(data)
+                answer = mirai.dumps((True, f(*args, **kwargs)))
+            except Exception as error:
+                answer = mirai.dumps((False, f"{type(error).__name__}: {error}"))
+            answers.write(struct.pack("<Q", len(answer)) + answer)
+            answers.flush()
+    """
+
+    def __init__(self, *folders):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([HERE, *folders]), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(self.CODE)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=env)
+
+    def __call__(self, f, *args, **kwargs):
+        data = mirai.dumps((f, args, kwargs))
+        self.process.stdin.write(struct.pack("<Q", len(data)) + data)
+        self.process.stdin.flush()
+        size, = struct.unpack("<Q", self.process.stdout.read(8))
+        success, value = mirai.loads(self.process.stdout.read(size))
+        if not success:
+            raise RuntimeError(value)
+        return value
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(LONG)
+        self.process.stdout.close()
+
+
+def as_script(source):
+    """The namespace that a script of this text would leave, its functions and classes being those of `__main__`."""
+    scope = {"__name__": "__main__"}
+    exec(textwrap.dedent(source), scope)
+    return scope
+
+
+SHELF = """
+class Book:
+    def __init__(self, title):
+        self.title = title
+
+def find(title):
+    return Book(title)
+
+def make_finder():
+    return lambda title: Book(title)
+"""
+
+
+class TestSerializer(Case):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.folder = tempfile.mkdtemp()
+        with open(os.path.join(cls.folder, "mirai_test_shelf.py"), "w") as file:
+            file.write(SHELF)
+        sys.path.insert(0, cls.folder)
+        import mirai_test_shelf
+        cls.shelf = mirai_test_shelf
+        cls.there = Elsewhere(cls.folder)
+        cls.call = staticmethod(cls.there)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.there.close()
+        sys.path.remove(cls.folder)
+        del sys.modules["mirai_test_shelf"]
+        shutil.rmtree(cls.folder)
+        super().tearDownClass()
+
+    # functions
+
+    def test_a_lambda_runs_elsewhere(self):
+        self.assertEqual(self.call(lambda x, *more, key=1: (x, more, key), 1, 2, 3, key=4), (1, (2, 3), 4))
+        self.assertNotEqual(self.call(lambda: __import__("os").getpid()), os.getpid())
+
+    def test_a_closure_takes_along_what_it_closes_over(self):
+        n, words = 2, {"a": [1]}
+
+        def outer():
+            return lambda: (n, words)
+        self.assertEqual(self.call(outer()), (2, {"a": [1]}))
+
+    def test_a_closure_made_elsewhere_comes_home(self):
+        def adder(n):
+            return lambda x: x + n
+        self.assertEqual(self.call(adder, 5)(1), 6)
+
+    def test_functions_that_share_a_variable_share_it_elsewhere(self):
+        def make():
+            count = 0
+
+            def increase():
+                nonlocal count
+                count += 1
+            return increase, lambda: count
+
+        def use(pair):
+            pair[0]()
+            pair[0]()
+            return pair[1]()
+        self.assertEqual(use(make()), 2)
+        self.assertEqual(self.call(use, make()), 2)
+
+    def test_a_local_function_can_call_itself(self):
+        def factorial(n):
+            return n * factorial(n - 1) if n else 1
+        self.assertEqual(self.call(factorial, 5), 120)
+
+    def test_local_functions_can_call_each_other(self):
+        def even(n):
+            return odd(n - 1) if n else True
+
+        def odd(n):
+            return even(n - 1) if n else False
+        self.assertEqual([self.call(even, 10), self.call(odd, 10)], [True, False])
+
+    def test_functions_of_a_script_can_call_themselves_and_each_other(self):
+        script = as_script("""
+            def factorial(n): return n * factorial(n - 1) if n else 1
+            def even(n): return n == 0 or odd(n - 1)
+            def odd(n): return n != 0 and even(n - 1)
+        """)
+        self.assertEqual([self.call(script["factorial"], 5), self.call(script["even"], 9)], [120, False])
+
+    def test_a_variable_that_is_not_set_yet_is_unset_elsewhere(self):
+        def make():
+            def late():
+                return value
+            if not late:
+                value = 1
+            return late
+        with self.assertRaisesRegex(RuntimeError, "^NameError: .*'?value'?"):
+            self.call(make())
+
+    def test_globals_are_as_they_are_at_the_call(self):
+        script = as_script("""
+            x = 1
+            def f(): return x
+        """)
+        self.assertEqual(self.call(script["f"]), 1)
+        script["x"] = 2
+        self.assertEqual(self.call(script["f"]), 2)
+
+    def test_functions_of_one_script_see_the_same_globals(self):
+        script = as_script("""
+            x = 1
+            def read(): return x
+            def change_and_read():
+                global x
+                x = 5
+                return read()
+        """)
+        self.assertEqual(self.call(script["change_and_read"]), 5)
+
+    def test_globals_of_inner_functions_and_comprehensions_go_along(self):
+        script = as_script("""
+            def double(x): return 2 * x
+            def f(xs):
+                def inner(x): return double(x)
+                return [inner(x) for x in xs] + [double(x) for x in xs] + list(map(lambda x: double(x), xs))
+        """)
+        self.assertEqual(self.call(script["f"], [1, 2]), [2, 4] * 3)
+
+    def test_globals_that_a_function_does_not_name_stay_at_home(self):
+        script = as_script("""
+            import threading
+            lock = threading.Lock()
+            class Lock: lock = lock
+            def f(): return sorted(n for n in globals() if n == "lock")
+        """)
+        self.assertEqual(self.call(script["f"]), [])
+
+    def test_a_missing_global_is_missed_where_it_is_missed_at_home(self):
+        with self.assertRaisesRegex(RuntimeError, "NameError: name 'nowhere' is not defined"):
+            self.call(as_script("def f(): return nowhere")["f"])
+
+    def test_a_global_may_have_the_name_of_a_builtin(self):
+        script = as_script("""
+            def len(x): return -1
+            def f(): return len([1]), max(1, 2)
+        """)
+        self.assertEqual(self.call(script["f"]), (-1, 2))
+
+    def test_what_a_function_says_of_itself_goes_along(self):
+        def f(a, b: int = 2, *, c=3, d: list = [4]) -> str:
+            """What f does."""
+            return a, b, c, d
+        f.note = "kept"
+        g = mirai.loads(mirai.dumps(f))
+        self.assertIsNot(g, f)
+        for name in ("__name__", "__qualname__", "__module__", "__doc__", "__defaults__", "__kwdefaults__",
+                     "__annotations__", "note"):
+            self.assertEqual(getattr(g, name), getattr(f, name), name)
+        self.assertEqual(self.call(f, 1), (1, 2, 3, [4]))
+        self.assertEqual(self.call(lambda f: (f.__doc__, f.note, f.__name__), f), ("What f does.", "kept", "f"))
+
+    def test_generator_functions_and_coroutine_functions_arrive(self):
+        def count(n):
+            for i in range(n):
+                yield i
+
+        async def add(a, b):
+            return a + b
+
+        def run(count, add):
+            import asyncio
+            return list(count(3)), asyncio.run(add(1, 2))
+        self.assertEqual(self.call(run, count, add), ([0, 1, 2], 3))
+
+    def test_a_partial_arrives(self):
+        def f(*args, **kwargs):
+            return args, kwargs
+        self.assertEqual(self.call(functools.partial(f, 1, a=2), 3, b=4), ((1, 3), {"a": 2, "b": 4}))
+
+    def test_a_decorated_function_arrives_decorated(self):
+        def twice(f):
+            @functools.wraps(f)
+            def wrapper(*args):
+                return f(*args), f(*args)
+            return wrapper
+
+        @twice
+        def f(x):
+            """f's own text."""
+            return x + 1
+        self.assertEqual(self.call(f, 1), (2, 2))
+        self.assertEqual(self.call(lambda f: (f.__name__, f.__doc__, f.__wrapped__(1)), f), ("f", "f's own text.", 2))
+
+    def test_one_function_twice_is_one_function_elsewhere(self):
+        def f():
+            pass
+        self.assertTrue(self.call(lambda a, b: a is b[0], f, [f]))
+
+    # by reference
+
+    def test_what_can_be_imported_goes_by_name(self):
+        for thing in (os.path.join, json.dumps, len, dict, collections.OrderedDict, self.shelf.find, self.shelf.Book,
+                      self.shelf.Book.__init__, types.SimpleNamespace):
+            with self.subTest(repr(thing)):
+                data = mirai.dumps(thing)
+                self.assertIs(mirai.loads(data), thing)
+                self.assertLess(len(data), 100)
+
+    def test_a_changed_function_of_a_module_goes_by_value(self):
+        """What a module's name gives is no longer it: the function that was meant is the one that runs."""
+        original = self.shelf.find
+        try:
+            self.shelf.find = lambda title: None
+            self.assertEqual(self.call(lambda f: f("x").title, original), "x")
+        finally:
+            self.shelf.find = original
+
+    def test_modules_go_by_name(self):
+        self.assertIs(mirai.loads(mirai.dumps(os.path)), os.path)
+        self.assertEqual(self.call(lambda m: m.sqrt(4.0), math), 2.0)
+        self.assertEqual(self.call(as_script("import math\ndef f(): return math.sqrt(9.0)")["f"]), 3.0)
+
+    def test_an_instance_of_an_importable_class_comes_home_as_one(self):
+        self.assertIs(type(self.call(self.shelf.find, "x")), self.shelf.Book)
+
+    def test_a_lambda_of_a_module_gives_instances_of_that_modules_classes(self):
+        there = Elsewhere(self.folder)      # one that has not met the module
+        try:
+            book = there(self.shelf.make_finder(), "x")
+            self.assertEqual(book.title, "x")
+            self.assertIs(type(book), self.shelf.Book)
+            self.assertIs(type(there(self.shelf.find, "y")), self.shelf.Book)
+        finally:
+            there.close()
+
+    # classes
+
+    def test_methods_super_and_inheritance_arrive(self):
+        class Base:
+            def __init__(self, x):
+                self.x = x
+
+            def value(self):
+                return self.x
+
+        class Derived(Base):
+            factor = 10
+
+            def value(self):
+                return super().value() * self.factor
+
+        self.assertEqual(self.call(Derived(4).value), 40)
+        self.assertEqual(self.call(lambda: (Derived(2).value(), isinstance(Derived(2), Base))), (20, True))
+        self.assertEqual(self.call(lambda cls: [c.__name__ for c in cls.__mro__], Derived), ["Derived", "Base", "object"])
+
+    def test_classes_of_a_script_arrive(self):
+        script = as_script("""
+            class Node:
+                \"\"\"A node.\"\"\"
+                made = []
+                def __init__(self, *children): self.children = children
+                def __eq__(self, other): return isinstance(other, Node) and self.children == other.children
+                def depth(self): return 1 + max((c.depth() for c in self.children), default=0)
+                def grow(self): return Node(self)
+                class Inner:
+                    kind = "inner"
+            def tree(): return Node(Node(), Node(Node()))
+        """)
+        tree = self.call(script["tree"])
+        self.assertIs(type(tree), script["Node"])
+        self.assertEqual(tree, script["tree"]())
+        self.assertEqual(self.call(lambda a, b, cls: (a == b, a == cls(), cls() == cls()), tree, tree, script["Node"]),
+                         (True, False, True))
+        self.assertEqual(self.call(script["Node"].depth, tree), 3)
+        self.assertEqual(self.call(tree.grow).depth(), 4)
+        self.assertEqual(self.call(lambda c: (c.__doc__, c.__module__, c.__qualname__, c.Inner.kind), script["Node"]),
+                         ("A node.", "__main__", "Node", "inner"))
+
+    def test_instances_keep_their_state(self):
+        class Point:
+            def __init__(self, x, y):
+                self.x, self.y = x, y
+        p = Point(1, [2])
+        copy = self.call(lambda p: p, p)
+        self.assertIsNot(copy, p)
+        self.assertEqual((type(copy), vars(copy)), (Point, {"x": 1, "y": [2]}))
+
+    def test_slots_arrive(self):
+        class Pair:
+            __slots__ = ("a", "b")
+
+            def __init__(self, a, b):
+                self.a, self.b = a, b
+
+        class Triple(Pair):
+            __slots__ = ("c",)
+
+        def change(t):
+            t.c = t.a + t.b
+            try:
+                t.d = 1
+            except AttributeError:
+                return t
+        t = self.call(change, Triple(1, 2))
+        self.assertEqual((type(t), t.a, t.b, t.c), (Triple, 1, 2, 3))
+
+    def test_class_methods_static_methods_and_properties_arrive(self):
+        class Circle:
+            def __init__(self, r):
+                self.r = r
+
+            @classmethod
+            def unit(cls):
+                return cls(1)
+
+            @staticmethod
+            def double(x):
+                return 2 * x
+
+            @property
+            def diameter(self):
+                """Twice the radius."""
+                return self.double(self.r)
+
+            @diameter.setter
+            def diameter(self, d):
+                self.r = d / 2
+
+        def use(cls):
+            c = cls.unit()
+            c.diameter *= 2
+            return type(c) is cls, c.r, c.diameter, cls.double(4), cls.diameter.__doc__
+        self.assertEqual(self.call(use, Circle), (True, 2, 4, 8, "Twice the radius."))
+
+    def test_a_class_comes_home_as_the_very_same_class(self):
+        class Sample:
+            pass
+        self.assertIs(self.call(lambda cls: cls, Sample), Sample)
+        self.assertIs(type(self.call(lambda: Sample())), Sample)
+        self.assertIs(type(self.call(lambda xs: xs, [Sample()])[0]), Sample)
+
+    def test_what_a_class_became_at_home_is_not_undone_by_its_return(self):
+        class Sample:
+            level = 1
+        data = mirai.dumps(Sample)
+        Sample.level = 2
+        self.assertIs(mirai.loads(data), Sample)
+        self.assertEqual(Sample.level, 2)
+
+    def test_a_class_sent_twice_is_one_class_elsewhere(self):
+        class Sample:
+            pass
+
+        def keep(cls):
+            import sys
+            sys.kept_by_test = cls
+
+        def same(x):
+            import sys
+            return sys.kept_by_test is type(x)
+        self.call(keep, Sample)
+        self.assertTrue(self.call(same, Sample()))
+
+    def test_a_class_made_elsewhere_comes_home(self):
+        def make():
+            class Made:
+                def hello(self):
+                    return f"hello from {type(self).__name__}"
+            return Made(), Made
+        instance, cls = self.call(make)
+        self.assertIs(type(instance), cls)
+        self.assertEqual(cls().hello(), "hello from Made")
+        self.assertIs(type(self.call(lambda x: x, instance)), cls)
+
+    def test_classes_that_know_each_other_arrive(self):
+        script = as_script("""
+            class A:
+                def other(self): return B()
+            class B:
+                def other(self): return A()
+        """)
+        self.assertIs(type(self.call(lambda a: a.other().other(), script["A"]())), script["A"])
+
+    def test_a_metaclass_arrives(self):
+        class Meta(type):
+            def shout(cls):
+                return cls.__name__.upper()
+
+        class Quiet(metaclass=Meta):
+            pass
+        self.assertEqual(self.call(lambda: Quiet.shout()), "QUIET")
+
+    def test_an_exception_class_arrives(self):
+        class Broken(ValueError):
+            def __init__(self, text, level):
+                super().__init__(text, level)
+                self.level = level
+        error = self.call(lambda: Broken("no", 3))
+        self.assertEqual((type(error), error.args, error.level), (Broken, ("no", 3), 3))
+
+    def test_an_abstract_class_arrives(self):
+        import abc
+
+        class Shape(abc.ABC):
+            @abc.abstractmethod
+            def area(self):
+                """Of the shape."""
+
+        class Square(Shape):
+            def area(self):
+                return 4
+
+        def use():
+            try:
+                Shape()
+            except TypeError:
+                return Square().area(), isinstance(Square(), Shape)
+        self.assertEqual(self.call(use), (4, True))
+
+    def test_a_dataclass_arrives(self):
+        @dataclasses.dataclass
+        class Point:
+            x: int
+            y: list = dataclasses.field(default_factory=list)
+        point = self.call(lambda p: Point(p.x + 1, p.y + [3]), Point(1, [2]))
+        self.assertEqual(point, Point(2, [2, 3]))
+        self.assertEqual(self.call(lambda: (Point(1), Point(1).y)), (Point(1), []))
+        to_dict = dataclasses.asdict
+        self.assertEqual(self.call(lambda: to_dict(Point(1))), {"x": 1, "y": []})
+
+    def test_an_enum_arrives(self):
+        import enum
+
+        class Colour(enum.Enum):
+            RED = 1
+            BLUE = 2
+
+            def lower(self):
+                return self.name.lower()
+        self.assertIs(self.call(lambda c: c, Colour.RED), Colour.RED)
+        self.assertEqual(self.call(lambda: ([c.lower() for c in Colour], Colour(2) is Colour.BLUE)), (["red", "blue"], True))
+
+    def test_a_named_tuple_arrives(self):
+        Pair = collections.namedtuple("Pair", "a b")
+        pair = self.call(lambda p: p._replace(a=5), Pair(1, 2))
+        self.assertEqual((type(pair), pair), (Pair, (5, 2)))
+
+    # what can't be sent
+
+    def explanation(self, f, *args, **kwargs):
+        with self.assertRaisesRegex(TypeError, "can't send the task to a daemon") as caught:
+            mirai.dump_task(f, args, kwargs, None)
+        self.assertIsNotNone(caught.exception.__cause__)
+        return str(caught.exception)
+
+    def test_the_error_names_the_path_to_the_culprit(self):
+        class Holder:
+            def __init__(self):
+                self.name, self.lock = "x", threading.Lock()
+        lock = threading.Lock()
+        for where, args, kwargs in [("args[0]", [lock], {}), ("args[1].lock", [1, Holder()], {}),
+                                    ("args[0]['a'][2]", [{"b": 1, "a": [1, 2, lock]}], {}),
+                                    ("kwargs['key'].lock", [], {"key": Holder()}), ("args[0][1]", [(1, lock)], {})]:
+            with self.subTest(where):
+                text = self.explanation(print, *args, **kwargs)
+                self.assertIn(f"{where}: ", text)
+                self.assertIn("lock", text.rpartition(f"{where}: ")[2])
+
+    def test_the_error_names_what_a_function_takes_along(self):
+        lock = threading.Lock()
+        self.assertIn("f (closes over lock): ", self.explanation(lambda: lock))
+        script = as_script("import threading\nlock = threading.Lock()\ndef f(): return lock\ndef g(): return f()")
+        self.assertIn("f (reads global lock): ", self.explanation(script["f"]))
+        self.assertIn("f (reads global f) (reads global lock): ", self.explanation(script["g"]))
+        self.assertIn("args[0] (closes over lock): ", self.explanation(map, lambda: lock))
+
+    def test_the_error_names_the_culprit_in_what_refers_to_itself(self):
+        knot = [threading.Lock()]
+        knot.insert(0, knot)
+        self.assertIn("args[0][1]: ", self.explanation(print, knot))
+
+    def test_an_objects_own_refusal_is_told(self):
+        class Proud:
+            def __reduce__(self):
+                raise ValueError("I do not travel")
+        self.assertIn("args[0][0]: I do not travel", self.explanation(print, [Proud()]))
+
+    def test_what_can_not_be_imported_elsewhere_is_said_by_name(self):
+        module = types.ModuleType("mirai_test_only_here")
+        with self.assertRaisesRegex(RuntimeError, "mirai_test_only_here"):
+            self.call(repr, module)
+
+    def test_code_of_another_python_is_refused_in_words(self):
+        tag = sys.implementation.cache_tag
+        other = tag[::-1]
+        data = mirai.dumps(lambda: 1)
+        self.assertEqual(data.count(tag.encode()), 1)
+        with self.assertRaisesRegex(pickle.UnpicklingError, f"compiled by {other} can't run on {tag}: use the same Python"):
+            mirai.loads(data.replace(tag.encode(), other.encode()))
+
+
+# -- 5. Task and outcome
+
+
+def evaluated(f, /, *args, **kwargs):
+    """What a task comes back as when it goes there and back within this process: a value and True, or an error."""
+    return mirai.load_outcome(mirai.evaluate(mirai.dump_task(f, args, kwargs, None)))
+
+
+class Reduced:
+    """Pickles to a call of `f`, which so runs where this is unpickled."""
+
+    def __init__(self, f, *args):
+        self.how = f, args
+
+    def __reduce__(self):
+        return self.how
+
+
+class Refusing:
+    """Raises `error` when it is pickled."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+class TestTask(Case):
+    def failed(self, f, /, *args, **kwargs):
+        error, success = evaluated(f, *args, **kwargs)
+        self.assertFalse(success)
+        self.assertIsInstance(error, MiraiError)
+        return error
+
+    def raised(self, error):
+        def f():
+            raise error
+        return self.failed(f)
+
+    # values
+
+    def test_a_value_comes_back(self):
+        for value in (42, None, [1, {"a": (2.5, b"x")}], mirai.UNRESOLVED, {1, 2}):
+            self.assertEqual(evaluated(lambda x: x, value), (value, True))
+        self.assertEqual(evaluated(lambda a, *, b: a - b, 5, b=3), (2, True))
+
+    def test_an_error_that_is_returned_is_a_value(self):
+        value, success = evaluated(lambda: ValueError("mine"))
+        self.assertTrue(success)
+        self.assertEqual((type(value), value.args), (ValueError, ("mine",)))
+        value, success = evaluated(lambda: MiraiError("mine"))
+        self.assertEqual((type(value), success), (MiraiError, True))
+
+    def test_a_task_finds_what_its_host_finds(self):
+        before = sys.path[:]
+        try:
+            payload = mirai.dump_task(lambda: __import__("sys").path[-1], (), {}, [*before, "a folder of the host"])
+            self.assertEqual(mirai.load_outcome(mirai.evaluate(payload)), ("a folder of the host", True))
+        finally:
+            sys.path[:] = before
+
+    # source text
+
+    def test_the_value_of_source_is_that_of_its_last_expression(self):
+        for source, value in [("1 + 1", 2), ("x = 1\nx + 1", 2), ("import math\nmath.floor(2.5)  # a comment\n\n", 2),
+                              ("'text'", "text"), ("(1,\n 2)", (1, 2)), ("x = 5; x", 5)]:
+            with self.subTest(source):
+                self.assertEqual(evaluated(source), (value, True))
+
+    def test_source_that_ends_in_a_statement_gives_none(self):
+        for source in ("", "x = 1", "1\nx = 2", "if True:\n    5", "def f(): return 1", "# nothing"):
+            with self.subTest(source):
+                self.assertEqual(evaluated(source), (None, True))
+
+    def test_keyword_arguments_are_names_in_source(self):
+        self.assertEqual(evaluated("a * b", a=6, b=7), (42, True))
+        self.assertEqual(evaluated("[x * k for x in range(3)]", k=2), ([0, 2, 4], True))
+        self.assertEqual(evaluated("f(2)", f=lambda x: x + 1), (3, True))
+
+    def test_functions_of_source_see_its_names_and_themselves(self):
+        self.assertEqual(evaluated("def f(n):\n    return n * f(n - 1) if n else start\nf(4)", start=2), (48, True))
+        self.assertEqual(evaluated("class A:\n    def other(self): return A\nA().other() is A"), (True, True))
+
+    def test_source_leaves_no_names_to_the_next(self):
+        self.assertEqual(evaluated("left_by_test = 1\nleft_by_test"), (1, True))
+        self.assertEqual(self.failed("left_by_test").condition_class[0], "NameError")
+
+    def test_source_inherits_no_future_of_this_file(self):
+        self.assertEqual(evaluated("def f(a: int): pass\nf.__annotations__['a'] is int"), (True, True))
+        source = "from __future__ import annotations\ndef f(a: int): pass\nf.__annotations__['a']"
+        self.assertEqual(evaluated(source), ("int", True))
+
+    def test_what_is_no_python_is_a_syntax_error_at_once(self):
+        for source in ("1 +", "def", "return 1", "a b", "  x = 1\n y = 2"):
+            with self.subTest(source), self.assertRaises(SyntaxError):
+                mirai.check_source(source)
+        mirai.check_source("def f(a: int): return a\nf(1)")
+
+    def test_the_traceback_of_source_shows_its_lines(self):
+        error = self.failed("def f(x):\n    return int(x)    # here it breaks\nf('twelve')")
+        self.assertIn("return int(x)    # here it breaks", error.stack_trace)
+        self.assertIn("f('twelve')", error.stack_trace)
+
+    # exceptions
+
+    def test_an_exception_comes_back_as_an_error_value(self):
+        def f(x):
+            return int(x)
+        error = self.failed(f, "twelve")
+        text = "invalid literal for int() with base 10: 'twelve'"
+        self.assertEqual(error.args, (f"ValueError: {text}",))
+        self.assertEqual(error.condition_class, ("ValueError", "Exception", "BaseException"))
+        self.assertEqual((type(error.original), error.original.args), (ValueError, (text,)))
+        self.assertTrue(error.stack_trace.rstrip().endswith(f"ValueError: {text}"))
+        self.assertIn("in f\n", error.stack_trace)
+
+    def test_class_names_outside_builtins_have_their_module(self):
+        self.assertEqual(self.raised(json.JSONDecodeError("no", "", 0)).condition_class[:2],
+                         ("json.decoder.JSONDecodeError", "ValueError"))
+
+    def test_what_would_end_a_process_ends_a_task(self):
+        for cls in (SystemExit, GeneratorExit):
+            with self.subTest(cls.__name__):
+                error = self.raised(cls(3))
+                self.assertEqual((type(error), error.condition_class[0], error.original), (MiraiError, cls.__name__, None))
+        self.assertEqual(self.failed(sys.exit, 3).condition_class[0], "SystemExit")
+
+    def test_an_interrupt_within_a_task_is_a_mirai_interrupt(self):
+        for cls in (KeyboardInterrupt, mirai._Interrupted):
+            error = self.raised(cls())
+            self.assertEqual((type(error), error.code, error.original), (MiraiInterrupt, 1, None))
+            self.assertIn("KeyboardInterrupt", error.condition_class)
+
+    def test_a_stop_iteration_ends_nobody_who_waits(self):
+        error = self.failed(next, iter(()))
+        self.assertEqual((error.condition_class[0], error.original), ("StopIteration", None))
+
+    def test_a_stop_async_iteration_comes_back(self):
+        self.assertEqual(self.raised(StopAsyncIteration()).condition_class[0], "StopAsyncIteration")
+
+    def test_an_exception_of_a_script_comes_back_as_its_own_class(self):
+        class Broken(Exception):
+            pass
+        error = self.failed(lambda: (_ for _ in ()).throw(Broken("no", 1)))
+        self.assertEqual((type(error.original), error.original.args), (Broken, ("no", 1)))
+        self.assertTrue(error.condition_class[0].endswith("Broken"))
+
+    def test_an_exception_that_can_not_be_rebuilt_is_told_in_texts(self):
+        class Demanding(Exception):
+            def __init__(self, a, b):
+                super().__init__(f"{a} and {b}")
+
+        def f():
+            raise Demanding(1, 2)
+        error = self.failed(f)
+        self.assertIsNone(error.original)
+        self.assertTrue(error.args[0].endswith("Demanding: 1 and 2"), error.args)
+        self.assertTrue(error.condition_class[0].endswith("Demanding"))
+        self.assertIn("raise Demanding(1, 2)", error.stack_trace)
+
+    def test_an_exception_that_has_no_text_still_comes_back(self):
+        class Mute(Exception):
+            def __str__(self):
+                raise RuntimeError("no text")
+
+        class Odd(Exception):
+            def __str__(self):
+                return 1
+        for cls in (Mute, Odd):
+            error = self.raised(cls())
+            self.assertIn(cls.__name__, error.args[0])
+            self.assertIn("can't be shown", error.args[0])
+            self.assertIn("in f\n", error.stack_trace)
+
+    def test_attributes_are_kept_save_those_that_can_not_travel(self):
+        error = ValueError("no")
+        error.level, error.lock, error.refusing = [1, 2], threading.Lock(), Refusing(ValueError())
+        back = self.raised_here(error)
+        self.assertEqual((back.attributes, back.level, back.original), ({"level": [1, 2]}, [1, 2], None))
+
+    def raised_here(self, error):
+        """As `raised`, for an error that could not be sent: it need not be part of the task."""
+        return mirai.load_outcome(mirai.dump_failure(error))[0]
+
+    def test_an_attribute_that_can_not_be_rebuilt_is_dropped(self):
+        error = ValueError("no")
+        error.level, error.bomb = 1, Reduced(int, "twelve")
+        self.assertEqual(self.raised_here(error).attributes, {"level": 1})
+
+    def test_the_traceback_begins_in_the_users_code(self):
+        def files(error):
+            return re.findall('File "(.*?)"', error.stack_trace)
+
+        def f():
+            raise ValueError("no")
+        self.assertEqual(files(self.failed(f)), [os.path.abspath(f.__code__.co_filename)])
+        self.assertNotEqual(files(self.failed(json.loads, "{"))[0], FILE)
+        self.assertNotEqual(files(self.failed(print, Reduced(f)))[0], FILE)
+        self.assertNotIn(FILE, self.failed("1 / 0").stack_trace)
+
+    def test_the_traceback_shows_the_cause(self):
+        def f():
+            try:
+                int("twelve")
+            except ValueError as error:
+                raise KeyError("number") from error
+        self.assertRegex(self.failed(f).stack_trace, "(?s)ValueError: .*direct cause.*KeyError: 'number'")
+
+    def test_endless_recursion_is_an_error_value(self):
+        def f():
+            return f()
+        error = self.failed(f)
+        self.assertEqual(error.condition_class[0], "RecursionError")
+        self.assertLess(len(error.stack_trace), 20000)
+
+    # what does not survive the trip
+
+    def test_a_task_that_can_not_be_rebuilt_there_is_an_error_value(self):
+        error = self.failed(print, Reduced(int, "twelve"))
+        self.assertEqual(error.condition_class[0], "ValueError")
+        self.assertEqual(self.failed(print, Reduced(sys.exit, 3)).condition_class[0], "SystemExit")
+        self.assertIsInstance(mirai.load_outcome(mirai.evaluate(b"garbage"))[0], MiraiError)
+
+    def test_a_result_that_can_not_be_sent_names_the_path(self):
+        def f():
+            import threading
+            return {"a": [1, threading.Lock()]}
+        error = self.failed(f)
+        self.assertRegex(error.args[0], r"the result can't be sent back: result\['a'\]\[1\]: .*lock")
+        self.assertEqual(error.condition_class[0], "TypeError")
+
+    def test_a_result_whose_pickling_raises_is_an_error_value(self):
+        for cls in (ValueError, SystemExit, KeyboardInterrupt):
+            with self.subTest(cls.__name__):
+                self.assertFalse(evaluated(lambda cls: Refusing(cls("no")), cls)[1])
+
+    def test_an_exception_whose_text_or_pickling_exits_is_an_error_value(self):
+        class Quitting(Exception):
+            def __str__(self):
+                sys.exit(1)
+
+        class Leaving(Exception):
+            def __reduce__(self):
+                sys.exit(1)
+        for cls in (Quitting, Leaving):
+            with self.subTest(cls.__name__):
+                try:
+                    error = self.raised_here(cls())
+                except SystemExit:
+                    self.fail("SystemExit came out of where outcomes are made: the daemon would be gone")
+                self.assertIn(cls.__name__, error.condition_class[0])
+
+    def test_a_result_nested_too_deeply_is_an_error_value_soon_and_in_few_words(self):
+        def f(levels):
+            deep = []
+            for _ in range(levels):
+                deep = [deep]
+            return deep
+        began = time.process_time()
+        error = self.failed(f, 2500 if PYPY else 20000)     # beyond what either can pickle
+        self.assertLess(time.process_time() - began, 10.0)
+        self.assertIn("recursion", error.args[0])
+        self.assertLess(len(error.args[0]), 2000)
+
+    def test_a_result_that_can_not_be_rebuilt_here_is_an_error_value(self):
+        error = self.failed(lambda: Reduced(int, "twelve"))
+        self.assertRegex(error.args[0], "the outcome can't be rebuilt here: ValueError: invalid literal")
+        self.assertEqual(error.condition_class[0], "ValueError")
+        self.assertIn("SystemExit", self.failed(lambda: Reduced(sys.exit, 3)).args[0])
+
+    def test_a_ctrl_c_while_an_outcome_is_rebuilt_is_the_users(self):
+        def interrupt():
+            raise KeyboardInterrupt
+        payload = mirai._dump_value(Reduced(interrupt))
+        with self.assertRaises(KeyboardInterrupt):
+            mirai.load_outcome(payload)
+
+    def test_half_an_outcome_is_an_error_value(self):
+        payload = mirai.evaluate(mirai.dump_task(lambda: [1, "two", {3: 4.0}], (), {}, None))
+        for size in range(len(payload)):
+            error, success = mirai.load_outcome(payload[:size])
+            self.assertFalse(success)
+            self.assertIn("can't be rebuilt here", str(error))
+
+
+# -- 6. Dispatcher core
+
+
+Assign, Interrupt, Resolve, Launch = mirai.Assign, mirai.Interrupt, mirai.Resolve, mirai.Launch
+STOP = mirai.StopLaunching()
+
+
+def random_events(seed, count):
+    """Events, as (name, which, how): each finds its subject among those there are, so that any part makes sense too."""
+    chance = random.Random(seed)
+    names = ["submit"] * 4 + ["finish"] * 3 + ["join", "join", "join_from_elsewhere", "cancel", "leave", "lose", "fail",
+                                               "ask", "answer_wrongly"]
+    weights = [chance.choice([0.2, 1, 1, 4]) for _ in names]        # each seed has its own habits
+    return [(name, chance.randrange(1 << 16), chance.randrange(1 << 16)) for name in chance.choices(names, weights, k=count)]
+
+
+def shrink(events, fails):
+    """The shortest sequence found by leaving events out while it still fails."""
+    size = len(events)
+    while size:
+        at, before = 0, len(events)
+        while at < len(events):
+            shorter = events[:at] + events[at + size:]
+            if fails(shorter):
+                events = shorter
+            else:
+                at += size
+        if size > 1 or len(events) == before:
+            size //= 2
+    return events
+
+
+class Played:
+    """A daemon of the played world: what it would know of itself, and what the host wants of it."""
+
+    __slots__ = ("slot", "task", "cancelled", "reason", "useful")
+
+    def __init__(self, slot):
+        self.slot, self.task, self.cancelled, self.reason, self.useful = slot, None, False, None, False
+
+
+class World:
+    """Plays host, daemons and nursery to a core, and knows by the rules alone what the core must answer.
+
+    It launches what it is told to and holds what it is assigned; a slot is launching, ready, resting, or due (its
+    daemon has ended, and the next must be launched within the event).
+    """
+
+    MOST = 12       # tasks that wait, daemons from elsewhere; so many slots: enough for every case, and quick
+
+    def __init__(self, core, tell=None):
+        self.core, self.tell = core, tell
+        self.queue = []             # tasks that wait, in the order in which they must be assigned
+        self.retries = {}           # task -> how often it may still be tried again
+        self.ended = {}             # task -> how
+        self.begun = set()          # tasks that were ever assigned
+        self.daemons = {}
+        self.slots = {}
+        self.joins = self.tasks = self.failures = 0
+        self.stopped = False
+
+    @classmethod
+    def play(cls, make_core, events, tell=None):
+        world = cls(make_core(), tell)
+        for name, which, how in events:
+            getattr(world, name)(which, how)
+        world.finish_all()
+
+    @classmethod
+    def failure(cls, make_core, events):
+        """What goes wrong, None where nothing does."""
+        try:
+            cls.play(make_core, events)
+        except Exception as error:
+            return error
+        return None
+
+    @classmethod
+    def story(cls, make_core, events):
+        """The events as calls, each with its effects, and what goes wrong."""
+        lines = []
+        try:
+            cls.play(make_core, events, lines.append)
+        except Exception as error:
+            lines.append(f"{type(error).__name__}: {error}")
+        return "\n".join(lines)
+
+    # events
+
+    def submit(self, which, how):
+        if len(self.queue) < self.MOST:
+            self.tasks += 1
+            self.queue.append(self.tasks)
+            self.retries[self.tasks] = max(0, how % 6 - 3)
+            self.event("submitted", self.tasks, self.retries[self.tasks])
+
+    def cancel(self, which, how):
+        """Mostly of a task that waits or runs; at times of one that has ended."""
+        running = {d.task: d for d in self.daemons.values() if d.task is not None and not d.cancelled}
+        task = self.pick([*self.queue, *running], which) if how % 8 else self.pick(list(self.ended), which)
+        if task is None:
+            return
+        if task in self.ended:
+            self.event("cancelled", task)
+            return
+        self.end(task, "cancelled")
+        if task in running:
+            running[task].cancelled = True
+            daemon = next(n for n, d in self.daemons.items() if d.task == task)
+            self.event("cancelled", task, must=[Interrupt(daemon, task)])
+        else:
+            self.queue.remove(task)
+            self.event("cancelled", task)
+
+    def join(self, which, how):
+        slot = self.pick(self.slots_that("launching"), which)
+        if slot is not None:
+            self.slots[slot] = "ready"
+            self.enter(slot)
+
+    def join_from_elsewhere(self, which, how):
+        if sum(d.slot is None for d in self.daemons.values()) < self.MOST // 3:
+            self.enter(None)
+
+    def enter(self, slot):
+        self.joins += 1
+        self.daemons[self.joins] = Played(slot)
+        self.event("joined", self.joins, slot)
+
+    def finish(self, which, how):
+        number = self.pick([n for n, d in self.daemons.items() if d.task is not None], which)
+        if number is None:
+            return
+        daemon = self.daemons[number]
+        task, daemon.task, daemon.useful = daemon.task, None, True
+        if daemon.slot is not None:
+            self.failures = 0
+        self.event("finished", number, task, must=[] if daemon.cancelled else [Resolve(task, mirai.RESULT)])
+
+    def answer_wrongly(self, which, how):
+        number = self.pick(self.daemons, which)
+        if number is not None and how % 4 == 0:
+            self.event("finished", number, self.tasks + 1, drops=number)
+            if self.daemons[number].slot is None:
+                self.lose_one(number, True)
+            else:
+                self.leave_one(number, mirai.DIED)
+
+    def leave(self, which, how):
+        number = self.pick(self.daemons, which)
+        if number is not None:
+            self.leave_one(number, (mirai.IDLETIME, mirai.WALLTIME, mirai.MAXTASKS, mirai.DIED)[how % 4])
+
+    def leave_one(self, number, why):
+        daemon = self.daemons[number]
+        daemon.reason = why if daemon.reason is None else daemon.reason
+        self.event("leaving", number, why)
+
+    def lose(self, which, how):
+        number = self.pick(self.daemons, which)
+        if number is not None:
+            self.lose_one(number, how % 2 == 0)
+
+    def lose_one(self, number, begun):
+        daemon, must = self.daemons.pop(number), []
+        if daemon.task is not None and not daemon.cancelled:
+            if begun and not self.retries[daemon.task]:
+                must.append(Resolve(daemon.task, mirai.RESET))
+            else:
+                self.retries[daemon.task] -= begun
+                self.queue.insert(0, daemon.task)
+        if daemon.slot is not None:
+            if daemon.task is not None and not begun and not daemon.useful and not daemon.reason:
+                must += self.failed_start(daemon.slot)
+            else:
+                rests = self.core.elastic or daemon.reason in (mirai.IDLETIME, mirai.WALLTIME)
+                self.slots[daemon.slot] = "resting" if rests else "due"
+        self.event("lost", number, begun, must=must)
+
+    def fail(self, which, how):
+        slot = self.pick(self.slots_that("launching"), which)
+        if slot is not None:
+            self.event("launch_failed", slot, must=self.failed_start(slot))
+
+    def failed_start(self, slot):
+        self.failures += 1
+        self.slots[slot] = "resting" if self.core.elastic else "due"
+        if self.stopped or self.failures < mirai.MAX_FAILED_STARTS:
+            return []
+        self.stopped = True
+        return [STOP]
+
+    def ask(self, which, how):
+        wanted = range(len(self.slots), min(len(self.slots) + how % 3, self.MOST // 2))
+        self.slots.update(dict.fromkeys(wanted, "resting" if self.core.elastic else "due"))
+        self.stopped, self.failures = False, 0
+        self.event("launch", wanted)
+
+    def finish_all(self):
+        """The world comes to rest: every daemon answers or goes, and another one comes where tasks still wait."""
+        while True:
+            busy = any(d.task is not None for d in self.daemons.values())
+            if busy:
+                self.finish(0, 0)
+            elif any(d.reason is not None for d in self.daemons.values()):
+                self.lose_one(next(n for n, d in self.daemons.items() if d.reason is not None), True)
+            elif self.queue:
+                self.enter(None)
+            else:
+                break
+        assert sorted(self.ended) == list(range(1, self.tasks + 1)), "a task never ended"
+
+    # what must hold
+
+    def event(self, name, *arguments, must=(), drops=None):
+        """One event: its effects must be allowed in their order, those in `must` must all be among them."""
+        effects = getattr(self.core, name)(*arguments)
+        if self.tell:
+            self.tell(f"{name}{arguments} -> {effects}")
+        must = list(must)
+        for effect in effects:
+            kind = type(effect)
+            if kind is Assign:
+                self.assigned(effect.daemon, effect.task)
+            elif kind is Launch:
+                self.launched(effect.slot)
+            elif kind is mirai.Drop:
+                assert effect.daemon == drops, f"{effect} of a daemon without fault"
+                drops = None
+            elif kind is Resolve and effect.how == mirai.LAUNCH:
+                assert self.stopped and not self.daemons and not self.slots_that("launching"), f"{effect} too soon"
+                assert self.queue and self.queue.pop(0) == effect.task, f"{effect} of what does not wait, or not in order"
+                self.end(effect.task, effect.how)
+            else:
+                assert effect in must, f"{effect} is out of place"
+                must.remove(effect)
+                if kind is Resolve:
+                    self.end(effect.task, effect.how)
+        assert not must and drops is None, f"{must or 'Drop'} is missing"
+        self.core.check()
+        self.at_rest()
+
+    def assigned(self, number, task):
+        daemon = self.daemons[number]
+        assert daemon.task is None, f"task {task} goes to a daemon that holds {daemon.task}"
+        assert daemon.reason is None, f"task {task} goes to a daemon that is leaving"
+        assert self.queue and self.queue.pop(0) == task, f"task {task} is not the first in the queue"
+        assert task not in self.ended, f"task {task} has ended"
+        assert task in self.begun or task > max(self.begun, default=0), f"task {task} begins after one that came later"
+        self.begun.add(task)
+        daemon.task, daemon.cancelled = task, False
+
+    def launched(self, slot):
+        assert not self.stopped, f"slot {slot} is launched though launching was given up"
+        assert self.slots[slot] in ("due", "resting"), f"slot {slot} is launched while {self.slots[slot]}"
+        assert self.slots[slot] == "due" or len(self.queue) > len(self.slots_that("launching")), \
+            f"nothing waits for slot {slot}"
+        self.slots[slot] = "launching"
+
+    def end(self, task, how):
+        assert task not in self.ended, f"task {task} ends by {how} after {self.ended[task]}"
+        self.ended[task] = how
+
+    def at_rest(self):
+        """Between two events."""
+        if self.stopped:
+            self.slots.update(dict.fromkeys(self.slots_that("due"), "resting"))
+        launching = self.slots_that("launching")
+        assert not self.slots_that("due"), "a slot was not launched"
+        busy = [d for d in self.daemons.values() if d.task is not None]
+        running = [d for d in busy if not d.cancelled]
+        if self.queue:
+            assert all(d.task is not None or d.reason is not None for d in self.daemons.values()), "one idles beside a queue"
+            if self.stopped:
+                assert self.daemons or launching, "tasks wait for what will never come"
+            else:
+                assert len(launching) >= len(self.queue) or not self.slots_that("resting"), \
+                    "tasks wait beside a resting slot"
+        assert self.core.counts() == (len(self.daemons), self.joins, len(self.queue), len(running), len(self.ended)), \
+            f"counts are {self.core.counts()}"
+
+    def slots_that(self, state):
+        return [slot for slot, now in self.slots.items() if now == state]
+
+    @staticmethod
+    def pick(things, which):
+        things = list(things)
+        return things[which % len(things)] if things else None
+
+
+class TestCore(Case):
+    """Examples for each rule at the head of the section, then events at random against a model of the world."""
+
+    def core(self, daemons=0, elastic=False, slots=0):
+        """A core that daemons 1, 2, … from elsewhere have joined, and that was asked for these local ones."""
+        core = mirai.DispatcherCore(elastic)
+        for daemon in range(1, daemons + 1):
+            self.assertEqual(core.joined(daemon), [])
+        if slots:
+            core.launch(range(slots))
+        return core
+
+    # rule 1: each task ends once
+
+    def test_a_task_goes_to_the_idle_daemon_and_ends_with_its_answer(self):
+        core = self.core(1)
+        self.assertEqual(core.counts(), (1, 1, 0, 0, 0))
+        self.assertEqual(core.submitted(7), [Assign(1, 7)])
+        self.assertEqual(core.counts(), (1, 1, 0, 1, 0))
+        self.assertEqual(core.finished(1, 7), [Resolve(7, mirai.RESULT)])
+        self.assertEqual(core.counts(), (1, 1, 0, 0, 1))
+
+    def test_a_task_without_a_daemon_waits_for_one(self):
+        core = self.core()
+        self.assertEqual(core.submitted(7), [])
+        self.assertEqual(core.counts(), (0, 0, 1, 0, 0))
+        self.assertEqual(core.joined(1), [Assign(1, 7)])
+
+    def test_a_task_ends_with_its_daemon(self):
+        core = self.core(1)
+        core.submitted(7)
+        self.assertEqual(core.lost(1, begun=True), [Resolve(7, mirai.RESET)])
+        self.assertEqual(core.counts(), (0, 1, 0, 0, 1))
+
+    def test_submitting_a_task_twice_is_the_hosts_fault(self):
+        core = self.core(1)
+        core.submitted(1)
+        core.submitted(2)
+        for task in (1, 2):
+            with self.assertRaisesRegex(mirai.ProtocolError, f"task {task} was submitted twice"):
+                core.submitted(task)
+        core.check()
+
+    def test_cancel_of_an_awaiting_task_never_runs_it(self):
+        core = self.core(1)
+        core.submitted(1)
+        core.submitted(2)
+        core.submitted(3)
+        self.assertEqual(core.cancelled(2), [])
+        self.assertEqual(core.finished(1, 1), [Resolve(1, mirai.RESULT), Assign(1, 3)])
+        self.assertEqual(core.counts(), (1, 1, 0, 1, 2))
+
+    def test_cancel_of_an_executing_task_interrupts_it_and_drops_its_answer(self):
+        core = self.core(1)
+        core.submitted(1)
+        self.assertEqual(core.cancelled(1), [Interrupt(1, 1)])
+        self.assertEqual(core.counts(), (1, 1, 0, 0, 1))
+        self.assertEqual(core.finished(1, 1), [])
+        self.assertEqual(core.counts(), (1, 1, 0, 0, 1))
+
+    def test_cancel_of_what_has_ended_or_never_was_does_nothing(self):
+        core = self.core(1)
+        core.submitted(1)
+        core.finished(1, 1)
+        before = core.counts()
+        self.assertEqual((core.cancelled(1), core.cancelled(99), core.counts()), ([], [], before))
+
+    def test_a_second_cancel_does_nothing(self):
+        core = self.core(1)
+        core.submitted(1)
+        core.cancelled(1)
+        self.assertEqual((core.cancelled(1), core.counts()), ([], (1, 1, 0, 0, 1)))
+
+    def test_a_cancelled_task_ends_with_its_daemon_in_silence(self):
+        for begun in (True, False):
+            core = self.core(1)
+            core.submitted(1, retries=5)
+            core.cancelled(1)
+            self.assertEqual(core.lost(1, begun), [])
+            self.assertEqual(core.counts(), (0, 1, 0, 0, 1))
+
+    # rule 2: first in, first out
+
+    def test_tasks_are_assigned_in_the_order_they_came(self):
+        core, order = self.core(2), []
+        for task in range(10):
+            order += [effect.task for effect in core.submitted(task)]
+        while core.executing:
+            task, daemon = next(iter(core.executing.items()))
+            order += [effect.task for effect in core.finished(daemon, task) if type(effect) is Assign]
+        self.assertEqual(order, list(range(10)))
+
+    def test_a_task_that_had_not_begun_goes_back_to_the_head(self):
+        core = self.core(1)
+        for task in (1, 2, 3):
+            core.submitted(task)
+        self.assertEqual(core.lost(1, begun=False), [])
+        self.assertEqual([core.joined(2), core.joined(3)], [[Assign(2, 1)], [Assign(3, 2)]])
+
+    def test_a_task_that_had_not_begun_goes_to_the_next_idle_daemon_at_once(self):
+        core = self.core(2)
+        core.submitted(1)
+        daemon = core.executing[1]
+        self.assertEqual(core.lost(daemon, begun=False), [Assign(3 - daemon, 1)])
+
+    def test_a_task_that_a_new_local_daemon_lets_fall_goes_to_the_idle_one_at_once(self):
+        core = self.core(slots=2)
+        core.joined(1, 0)
+        core.joined(2, 1)
+        core.submitted(1)
+        daemon = core.executing[1]
+        effects = core.lost(daemon, begun=False)
+        core.check()
+        self.assertEqual(sorted(effects), sorted([Assign(3 - daemon, 1), Launch(daemon - 1)]))
+
+    def test_not_having_begun_costs_no_retry(self):
+        core = self.core(1)
+        core.submitted(1)
+        for daemon in range(1, 20):
+            self.assertEqual(core.lost(daemon, begun=False), [])
+            self.assertEqual(core.joined(daemon + 1), [Assign(daemon + 1, 1)])
+        self.assertEqual(core.lost(20, begun=True), [Resolve(1, mirai.RESET)])
+
+    def test_a_task_is_tried_again_as_often_as_it_may(self):
+        core = self.core(1)
+        core.submitted(1, retries=2)
+        core.submitted(2)
+        for daemon in (1, 2):
+            self.assertEqual(core.lost(daemon, begun=True), [])
+            self.assertEqual(core.joined(daemon + 1), [Assign(daemon + 1, 1)])
+        self.assertEqual(core.lost(3, begun=True), [Resolve(1, mirai.RESET)])
+        self.assertEqual(core.counts(), (0, 3, 1, 0, 1))
+
+    def test_a_task_that_was_put_back_can_be_cancelled(self):
+        core = self.core(1)
+        core.submitted(1, retries=1)
+        core.lost(1, begun=True)
+        self.assertEqual(core.cancelled(1), [])
+        self.assertEqual(core.joined(2), [])
+        self.assertEqual(core.counts(), (1, 2, 0, 0, 1))
+
+    # rule 3: one task at a time
+
+    def test_a_daemon_has_one_task_at_a_time(self):
+        core = self.core(1)
+        self.assertEqual([core.submitted(1), core.submitted(2)], [[Assign(1, 1)], []])
+        self.assertEqual(core.finished(1, 1), [Resolve(1, mirai.RESULT), Assign(1, 2)])
+
+    def test_a_cancelled_task_keeps_its_daemon_until_it_answers(self):
+        core = self.core(1)
+        core.submitted(1)
+        core.submitted(2)
+        core.cancelled(1)
+        self.assertEqual(core.submitted(3), [])
+        self.assertEqual(core.finished(1, 1), [Assign(1, 2)])
+
+    def test_the_daemon_that_was_busy_last_is_used_next(self):
+        core = self.core(3)
+        first = core.submitted(1)[0].daemon
+        second = core.submitted(2)[0].daemon
+        core.finished(first, 1)
+        self.assertEqual(core.submitted(3), [Assign(first, 3)])
+        core.finished(second, 2)
+        core.finished(first, 3)
+        self.assertEqual(core.submitted(4), [Assign(first, 4)])
+
+    # the table of daemon states
+
+    def in_state(self, state):
+        """A core whose daemon 1 is in a state, with task 1 if busy; task 2 and daemon 2 are each other's."""
+        core = self.core(1)
+        if state is not mirai.IDLE:
+            core.submitted(1)
+        if state is mirai.LEAVING:
+            core.leaving(1, mirai.MAXTASKS)
+        self.assertIs(core.daemons[1].state, state)
+        core.check()
+        return core
+
+    def test_the_table_has_every_state_and_event(self):
+        self.assertEqual(set(mirai.DAEMON_TABLE), set(itertools.product((mirai.IDLE, mirai.BUSY, mirai.LEAVING),
+                                                                        ("finished", "leaving"))))
+
+    def test_idle_finished_is_a_fault(self):
+        core = self.in_state(mirai.IDLE)
+        effect, = core.finished(1, 1)
+        self.assertEqual((type(effect), effect.daemon), (mirai.Drop, 1))
+        self.assertRegex(effect.why, "it answered task 1 while idle")
+
+    def test_busy_finished_is_idle(self):
+        core = self.in_state(mirai.BUSY)
+        core.finished(1, 1)
+        self.assertEqual(core.submitted(2), [Assign(1, 2)])
+
+    def test_leaving_finished_is_leaving_and_its_answer_counts(self):
+        core = self.in_state(mirai.LEAVING)
+        core.submitted(2)
+        self.assertEqual(core.finished(1, 1), [Resolve(1, mirai.RESULT)])
+        self.assertIs(core.daemons[1].state, mirai.LEAVING)
+        self.assertEqual(core.counts(), (1, 1, 1, 0, 1))
+
+    def test_idle_leaving_gets_no_more_tasks(self):
+        core = self.in_state(mirai.IDLE)
+        self.assertEqual(core.leaving(1, mirai.IDLETIME), [])
+        self.assertEqual(core.submitted(1), [])
+        core.check()
+        self.assertEqual(core.joined(2), [Assign(2, 1)])
+
+    def test_busy_leaving_gets_no_more_tasks(self):
+        core = self.in_state(mirai.BUSY)
+        core.leaving(1, mirai.MAXTASKS)
+        core.submitted(2)
+        self.assertEqual(core.finished(1, 1), [Resolve(1, mirai.RESULT)])
+
+    def test_leaving_leaving_keeps_the_first_reason(self):
+        core = self.in_state(mirai.LEAVING)
+        self.assertEqual(core.leaving(1, mirai.WALLTIME), [])
+        self.assertEqual(core.daemons[1].why, mirai.MAXTASKS)
+
+    def test_an_answer_to_another_task_is_a_fault(self):
+        for state in (mirai.IDLE, mirai.BUSY, mirai.LEAVING):
+            core = self.in_state(state)
+            before = core.counts()
+            effect, = core.finished(1, 99)
+            self.assertEqual((type(effect), effect.daemon, core.counts()), (mirai.Drop, 1, before))
+            core.check()
+
+    def test_a_second_answer_is_a_fault(self):
+        for state in (mirai.BUSY, mirai.LEAVING):
+            core = self.in_state(state)
+            core.finished(1, 1)
+            effect, = core.finished(1, 1)
+            self.assertIs(type(effect), mirai.Drop)
+            self.assertEqual(core.counts(), (1, 1, 0, 0, 1))
+
+    def test_a_dropped_daemons_task_ends_with_it(self):
+        core = self.in_state(mirai.BUSY)
+        core.finished(1, 99)
+        self.assertEqual(core.lost(1, begun=True), [Resolve(1, mirai.RESET)])
+
+    # rule 4: slots
+
+    def test_local_daemons_are_launched_when_asked_for_and_again_when_they_end(self):
+        core = self.core()
+        self.assertEqual(core.launch(range(2)), [Launch(0), Launch(1)])
+        core.joined(1, 0)
+        self.assertEqual(core.lost(1, begun=False), [Launch(0)])
+        core.joined(2, 1)
+        core.submitted(1)
+        self.assertEqual(core.lost(2, begun=True), [Resolve(1, mirai.RESET), Launch(1)])
+        core.check()
+
+    def test_a_daemon_from_elsewhere_is_not_launched_again(self):
+        self.assertEqual(self.core(1).lost(1, begun=False), [])
+
+    def test_a_daemon_that_has_had_its_tasks_is_replaced(self):
+        core = self.core(slots=1)
+        core.joined(1, 0)
+        core.leaving(1, mirai.MAXTASKS)
+        self.assertEqual(core.lost(1, begun=False), [Launch(0)])
+
+    def test_a_daemon_that_has_had_its_time_rests_until_tasks_wait(self):
+        for why in (mirai.IDLETIME, mirai.WALLTIME):
+            core = self.core(slots=1)
+            core.joined(1, 0)
+            core.leaving(1, why)
+            self.assertEqual(core.lost(1, begun=False), [])
+            self.assertEqual(core.submitted(1), [Launch(0)])
+            self.assertEqual(core.submitted(2), [])
+            self.assertEqual(core.joined(2, 0), [Assign(2, 1)])
+            core.check()
+
+    def test_a_resting_slot_is_not_launched_for_a_task_that_a_coming_daemon_will_take(self):
+        core = self.core(slots=2)
+        core.joined(1, 0)
+        core.leaving(1, mirai.IDLETIME)
+        core.lost(1, begun=False)
+        self.assertEqual(core.submitted(1), [])     # slot 1 is being launched
+        self.assertEqual(core.submitted(2), [Launch(0)])
+        core.check()
+
+    def test_elastic_slots_rest_until_tasks_wait(self):
+        core = self.core(elastic=True)
+        self.assertEqual(core.launch(range(2)), [])
+        self.assertEqual([core.submitted(1), core.submitted(2), core.submitted(3)], [[Launch(0)], [Launch(1)], []])
+        self.assertEqual(core.joined(1, 0), [Assign(1, 1)])
+        core.leaving(1, mirai.MAXTASKS)
+        self.assertEqual(core.finished(1, 1), [Resolve(1, mirai.RESULT)])
+        self.assertEqual(core.lost(1, begun=True), [Launch(0)])
+        core.check()
+
+    def test_elastic_slots_rest_again_after_each_daemon(self):
+        core = self.core(elastic=True, slots=1)
+        core.submitted(1)
+        core.joined(1, 0)
+        core.leaving(1, mirai.MAXTASKS)
+        core.finished(1, 1)
+        self.assertEqual(core.lost(1, begun=True), [])
+        self.assertEqual(core.submitted(2), [Launch(0)])
+
+    def test_tasks_that_waited_for_slots_launch_them(self):
+        core = self.core(elastic=True)
+        core.submitted(1)
+        self.assertEqual(core.launch(range(3)), [Launch(0)])
+
+    # rule 5: failed starts
+
+    def fail_until_stopped(self, core, slot=0):
+        for _ in range(mirai.MAX_FAILED_STARTS - 1):
+            self.assertEqual(core.launch_failed(slot), [Launch(slot)])
+        return core.launch_failed(slot)
+
+    def test_five_failed_starts_in_a_row_stop_the_launching(self):
+        self.assertEqual(mirai.MAX_FAILED_STARTS, 5)
+        core = self.core(slots=1)
+        self.assertEqual(self.fail_until_stopped(core), [STOP])
+        core.check()
+
+    def test_failed_starts_of_different_slots_count_together(self):
+        core = self.core(slots=5)
+        self.assertEqual([core.launch_failed(slot) for slot in range(5)], [[Launch(slot)] for slot in range(4)] + [[STOP]])
+        self.assertEqual(core.launch_failed(0), [])     # one that was still under way
+        core.check()
+
+    def test_when_the_launching_stops_the_tasks_that_wait_for_it_end(self):
+        core = self.core(slots=1)
+        for task in (1, 2, 3):
+            core.submitted(task)
+        core.cancelled(2)
+        self.assertEqual(self.fail_until_stopped(core), [STOP, Resolve(1, mirai.LAUNCH), Resolve(3, mirai.LAUNCH)])
+        self.assertEqual(core.counts(), (0, 0, 0, 0, 3))
+        self.assertEqual(core.submitted(4), [Resolve(4, mirai.LAUNCH)])
+
+    def test_tasks_still_wait_for_daemons_that_are_there_or_coming(self):
+        core = self.core(daemons=1, slots=1)
+        core.submitted(1)
+        core.submitted(2)
+        self.assertEqual(self.fail_until_stopped(core), [STOP])
+        self.assertEqual(core.finished(1, 1), [Resolve(1, mirai.RESULT), Assign(1, 2)])
+        core.submitted(3)
+        self.assertEqual(core.lost(1, begun=True), [Resolve(2, mirai.RESET), Resolve(3, mirai.LAUNCH)])
+
+    def test_an_answer_ends_the_row_of_failed_starts(self):
+        core = self.core(slots=2)
+        for _ in range(mirai.MAX_FAILED_STARTS - 1):
+            core.launch_failed(0)
+        core.joined(1, 1)
+        core.submitted(1)
+        core.finished(1, 1)
+        self.assertEqual(self.fail_until_stopped(core), [STOP])
+
+    def test_ready_in_name_only_is_a_failed_start(self):
+        core = self.core(slots=1)
+        core.submitted(1)
+        for daemon in range(1, mirai.MAX_FAILED_STARTS + 1):
+            self.assertEqual(core.joined(daemon, 0), [Assign(daemon, 1)])
+            effects = core.lost(daemon, begun=False)
+        self.assertEqual(effects, [STOP, Resolve(1, mirai.LAUNCH)])
+
+    def test_the_end_of_a_daemon_that_was_of_use_is_no_failed_start(self):
+        core = self.core(slots=1)
+        for daemon in range(1, 3 * mirai.MAX_FAILED_STARTS):
+            core.joined(daemon, 0)
+            core.submitted(daemon)
+            self.assertEqual(core.lost(daemon, begun=True), [Resolve(daemon, mirai.RESET), Launch(0)])
+
+    def test_launching_goes_on_when_asked_anew(self):
+        core = self.core(slots=2)
+        core.launch_failed(1)
+        for _ in range(mirai.MAX_FAILED_STARTS - 1):
+            core.launch_failed(0)
+        core.launch_failed(1)
+        self.assertTrue(core.stopped)
+        self.assertEqual(core.launch([2]), [Launch(2)])
+        self.assertEqual(core.submitted(1), [])
+        self.assertEqual(core.submitted(2), [Launch(0)])    # the old slots serve as well
+        self.assertEqual(core.launch_failed(2), [Launch(2)])
+        core.check()
+
+    def test_asking_anew_for_no_more_launches_the_old_slots_when_tasks_wait(self):
+        core = self.core(slots=1)
+        self.fail_until_stopped(core)
+        self.assertEqual(core.launch([]), [])
+        self.assertEqual(core.submitted(1), [Launch(0)])
+
+    def test_elastic_launches_that_fail_are_tried_again_and_then_given_up(self):
+        core = self.core(elastic=True, slots=2)
+        self.assertEqual(core.submitted(1), [Launch(0)])
+        failed = [core.launch_failed(i % 2) for i in range(mirai.MAX_FAILED_STARTS)]
+        self.assertEqual(failed, [[Launch(1)], [Launch(0)], [Launch(1)], [Launch(0)], [STOP, Resolve(1, mirai.LAUNCH)]])
+        core.check()
+
+    def test_many_cancelled_tasks_leave_nothing_behind(self):
+        core = self.core(1)
+        core.submitted(0)
+        for task in range(1, 1000):
+            core.submitted(task)
+            core.cancelled(task)
+        core.finished(1, 0)
+        self.assertEqual(core.counts(), (1, 1, 0, 0, 1000))
+        self.assertEqual((len(core.queue), len(core.awaiting), len(core.executing)), (0, 0, 0))
+
+    # random events
+
+    def test_random_events_with_persistent_daemons(self):
+        self.survives(mirai.DispatcherCore, seeds=range(250))
+
+    def test_random_events_with_a_process_per_task(self):
+        self.survives(functools.partial(mirai.DispatcherCore, elastic=True), seeds=range(250, 500))
+
+    def survives(self, make_core, seeds):
+        for seed in seeds:
+            events = random_events(seed, 400)
+            if World.failure(make_core, events):
+                shortest = shrink(events, lambda some: World.failure(make_core, some))
+                self.fail(f"seed {seed}, the shortest sequence that fails:\n" + World.story(make_core, shortest))
+
+    def test_a_planted_defect_is_found_and_told_in_a_few_events(self):
+        class BackOfTheQueue(collections.deque):
+            appendleft = collections.deque.append
+
+        class Unfair(mirai.DispatcherCore):
+            """Puts tasks back at the wrong end."""
+            def __init__(self):
+                super().__init__()
+                self.queue = BackOfTheQueue()
+
+        class Forgetful(mirai.DispatcherCore):
+            """Passes on the answer of a task that was cancelled."""
+            def cancelled(self, task):
+                executing = dict(self.executing)
+                effects = super().cancelled(task)
+                if task in executing:
+                    self.executing[task] = executing[task]
+                return effects
+
+        class Greedy(mirai.DispatcherCore):
+            """Gives tasks to daemons that are leaving."""
+            def leaving(self, daemon, why):
+                idle = daemon in self.idle
+                super().leaving(daemon, why)
+                if idle:
+                    self.idle[daemon] = None
+                return []
+
+            def check(self):
+                pass
+
+        for planted, events, words in [(Unfair, 6, "submitted.*submitted.*lost"), (Forgetful, 4, "submitted.*cancelled"),
+                                       (Greedy, 4, "joined.*leaving.*submitted")]:
+            with self.subTest(planted.__name__):
+                found = next(events for events in map(lambda seed: random_events(seed, 400), range(50))
+                             if World.failure(planted, events))
+                shortest = shrink(found, lambda some: World.failure(planted, some))
+                story = World.story(planted, shortest)
+                self.assertLessEqual(len(shortest), events, story)
+                self.assertRegex(story, f"(?s){words}", story)
+# -- 7. Transport
+
+
+@contextlib.contextmanager
+def changed_environ(**values):
+    """Environment variables as given, None for absent; as they were afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+
+    def put(names):
+        for name, value in names.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextlib.contextmanager
+def own_runtime_dir():
+    """An empty run-time directory that the rest of the machine does not see: its path."""
+    with tempfile.TemporaryDirectory() as folder, changed_environ(XDG_RUNTIME_DIR=folder, MIRAI_KEY=None):
+        yield mirai.runtime_dir()
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    """An attribute replaced for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def converse(dialer, listener, alter=lambda frame: frame):
+    """Carries a handshake's frames between its two ends, with no socket, until neither has more to say."""
+    to_dialer, to_listener = mirai.Decoder(), mirai.Decoder(mirai.STRANGER_LIMIT)
+    to_listener.feed(alter(dialer.hello()))
+    while True:
+        if (message := to_listener.pop()) is not None:
+            to_dialer.feed(alter(listener.receive(message)))
+        elif (message := to_dialer.pop()) is not None:
+            to_listener.feed(alter(dialer.receive(message)))
+        else:
+            return
+
+
+def only_message(frame):
+    decoder = mirai.Decoder()
+    decoder.feed(frame)
+    return decoder.pop()
+
+
+def flipped(frame, bit):
+    changed = bytearray(frame)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def harassed(step, seconds):
+    """Calls `step` for so long while a signal handler raises KeyboardInterrupt at random moments; how often it did."""
+    armed, hits = False, 0
+
+    def raising(*_):
+        nonlocal armed
+        if armed:
+            armed = False
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, raising)
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-4))
+                step()
+                armed = False
+            except KeyboardInterrupt:
+                hits += 1
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)       # forgets one that is pending
+        signal.signal(signal.SIGALRM, before)
+    return hits
+
+
+def numbered_frame(number):
+    """A frame that shows where its bytes were moved: of one to 20,000 bytes, by its number."""
+    return mirai.encode(mirai.Kind.TASK, number, number.to_bytes(4, "little") * (number * 7919 % 5000))
+
+
+class TestTransport(Case):
+    KEY = bytes(range(32))
+
+    # -- URLs
+
+    def test_a_url_is_parsed_and_formatted_back(self):
+        for url, address in (
+            ("tcp://127.0.0.1:5555", ("tcp", "127.0.0.1", 5555)),
+            ("tcp://127.0.0.1:0", ("tcp", "127.0.0.1", 0)),
+            ("tcp://localhost:65535", ("tcp", "localhost", 65535)),
+            ("tcp://[::1]:5555", ("tcp", "::1", 5555)),
+            ("ipc:///run/user/1/mirai/0123", ("ipc", "/run/user/1/mirai/0123", None)),
+            ("ipc:///with space/and:colon", ("ipc", "/with space/and:colon", None)),
+        ):
+            with self.subTest(url=url):
+                self.assertEqual(mirai.parse_url(url), address)
+                self.assertEqual(mirai.format_url(mirai.parse_url(url)), url)
+
+    def test_a_bad_url_is_answered_with_what_is_wrong_and_what_would_be_right(self):
+        for url, wrong in (
+            ("", "is no URL"),
+            ("127.0.0.1:5555", "is no URL"),
+            ("ipc:/run/socket", "is no URL"),
+            ("http://127.0.0.1:5555", "unknown scheme 'http'"),
+            ("tcp://127.0.0.1", "lacks a host or a port"),
+            ("tcp://127.0.0.1:", "lacks a host or a port"),
+            ("tcp://:5555", "lacks a host or a port"),
+            ("tcp://[]:5555", "lacks a host or a port"),
+            ("tcp://127.0.0.1:http", "port"),
+            ("tcp://127.0.0.1:-1", "port"),
+            ("tcp://127.0.0.1:65536", "port"),
+            ("tcp://127.0.0.1:\u00b2", "port"),
+            ("tcp://::1:5555", "brackets"),
+            ("tcp://[::1:5555", "brackets"),
+            ("tcp://example.org:5555", "beyond this machine"),
+            ("ipc://", "absolute path"),
+            ("ipc://socket", "absolute path"),
+        ):
+            with self.subTest(url=url):
+                with self.assertRaises(ValueError) as caught:
+                    mirai.parse_url(url)
+                self.assertIn(wrong, str(caught.exception))
+                self.assertIn(repr(url), str(caught.exception))
+                self.assertIn("expected 'tcp://127.0.0.1:5555'", str(caught.exception))
+        for url in (None, 5555, b"tcp://127.0.0.1:5555"):
+            with self.subTest(url=url), self.assertRaisesRegex(TypeError, "a URL is a str, not .*: expected 'tcp://"):
+                mirai.parse_url(url)
+
+    def test_local_url_is_a_new_socket_in_the_users_own_directory_or_loopback(self):
+        with own_runtime_dir() as folder:
+            first, second = mirai.parse_url(mirai.local_url()), mirai.parse_url(mirai.local_url())
+            self.assertEqual((first.scheme, os.path.dirname(first.host)), ("ipc", folder))
+            self.assertNotEqual(first, second)
+        self.assertEqual(mirai.local_url(tcp=True), "tcp://127.0.0.1:0")
+        self.assertEqual(mirai.local_url(tcp=True, port=7), "tcp://127.0.0.1:7")
+
+    def test_where_a_socket_path_would_be_too_long_local_url_is_loopback(self):
+        with tempfile.TemporaryDirectory() as folder:
+            deep = os.path.join(folder, "d" * 90)
+            os.mkdir(deep)
+            with changed_environ(XDG_RUNTIME_DIR=deep):
+                self.assertEqual(mirai.local_url(), "tcp://127.0.0.1:0")
+
+    # -- the run-time directory
+
+    def test_the_runtime_dir_is_made_for_this_user_alone(self):
+        with tempfile.TemporaryDirectory() as folder:
+            before = os.umask(0)
+            try:
+                with changed_environ(XDG_RUNTIME_DIR=folder):
+                    path = mirai.runtime_dir()
+                    self.assertEqual(path, os.path.join(folder, "mirai"))
+                    self.assertEqual(os.stat(path).st_mode & 0o777, 0o700)
+                    self.assertEqual(mirai.runtime_dir(), path)
+                with changed_environ(XDG_RUNTIME_DIR=None), replaced(tempfile, "tempdir", folder):
+                    path = mirai.runtime_dir()
+                    self.assertEqual(path, os.path.join(folder, f"mirai-{os.getuid()}"))
+                    self.assertEqual(os.stat(path).st_mode & 0o777, 0o700)
+            finally:
+                os.umask(before)
+
+    def test_the_runtime_dir_must_not_be_open_to_others(self):
+        with own_runtime_dir() as path:
+            for mode in (0o750, 0o701, 0o720, 0o777):
+                with self.subTest(mode=oct(mode)):
+                    os.chmod(path, mode)
+                    with self.assertRaisesRegex(PermissionError, "belongs to this user alone.*mirai"):
+                        mirai.runtime_dir()
+            os.chmod(path, 0o700)
+            self.assertEqual(mirai.runtime_dir(), path)
+
+    def test_the_runtime_dir_must_not_be_anothers_nor_a_symlink_nor_a_file(self):
+        with own_runtime_dir() as path:
+            with replaced(os, "getuid", lambda: os.stat(path).st_uid + 1), self.assertRaises(PermissionError):
+                mirai.runtime_dir()
+            elsewhere = f"{path}-elsewhere"
+            os.rename(path, elsewhere)
+            os.symlink(elsewhere, path)
+            with self.assertRaises(PermissionError):
+                mirai.runtime_dir()
+            os.unlink(path)
+            open(path, "w").close()
+            os.chmod(path, 0o600)
+            with self.assertRaises(PermissionError):
+                mirai.runtime_dir()
+
+    def test_sweeping_removes_dead_sockets_with_their_keys_and_leaves_living_ones(self):
+        with own_runtime_dir() as folder, contextlib.ExitStack() as stack:
+            paths, keys = {}, {}
+            for name in ("dead", "living"):
+                paths[name] = os.path.join(folder, name)
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.bind(paths[name])
+                sock.listen(1)
+                keys[name] = mirai.write_key_file(f"ipc://{paths[name]}", self.KEY)
+                if name == "dead":
+                    sock.close()
+                    os.utime(paths[name], (0, 0))
+            tcp_key = mirai.write_key_file("tcp://127.0.0.1:1", self.KEY)
+            mirai.sweep_runtime_dir()
+            left = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+            self.assertEqual(left, sorted([paths["living"], keys["living"], tcp_key]))
+
+    def test_sweeping_leaves_a_socket_that_is_about_to_listen(self):
+        with own_runtime_dir() as folder, socket.socket(socket.AF_UNIX) as sock:
+            path = os.path.join(folder, "new~")
+            sock.bind(path)         # as `listen()` does for a moment, in a dispatcher of another host
+            mirai.sweep_runtime_dir()
+            self.assertTrue(os.path.exists(path))
+
+    def test_sweeping_minds_no_foreign_files(self):
+        with own_runtime_dir() as folder:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(os.path.join(folder, "dead"))
+            os.utime(os.path.join(folder, "dead"), (0, 0))
+            contents = {"a.key": "", "b.key": "{", "c.key": "[]", "d.key": "\"text\"", "e.key": "{}", "notes": "text"}
+            for name, text in contents.items():
+                with open(os.path.join(folder, name), "w") as file:
+                    file.write(text)
+            os.mkdir(os.path.join(folder, "folder"))
+            mirai.sweep_runtime_dir()
+            self.assertEqual(sorted(os.listdir(folder)), sorted([*contents, "folder"]))
+
+    # -- keys
+
+    def test_a_key_is_32_bytes_or_their_hexadecimal_digits(self):
+        for key in (self.KEY, self.KEY.hex(), self.KEY.hex().upper(), f" {self.KEY.hex()}\n"):
+            self.assertEqual(mirai.parse_key(key), self.KEY)
+
+    def test_what_is_no_key_is_said_without_showing_it(self):
+        for key in (self.KEY[:31], self.KEY + b"x", self.KEY.hex()[:-2], self.KEY.hex()[:-1], "", b"", "secret!" * 9 + "x"):
+            with self.subTest(key=key), self.assertRaisesRegex(ValueError, "64 hexadecimal digits") as caught:
+                mirai.parse_key(key)
+            if key:
+                text = key if isinstance(key, str) else repr(key)[2:-1]
+                self.assertNotIn(text, str(caught.exception))
+
+    def test_a_key_file_is_for_this_user_alone_and_is_found_by_url(self):
+        with own_runtime_dir() as folder:
+            before = os.umask(0)
+            try:
+                path = mirai.write_key_file("tcp://127.0.0.1:1", self.KEY)
+            finally:
+                os.umask(before)
+            other = mirai.write_key_file("tcp://127.0.0.1:2", bytes(32))
+            for each in (path, other):
+                self.assertEqual(os.path.dirname(each), folder)
+                self.assertEqual(os.stat(each).st_mode & 0o777, 0o600)
+            self.assertEqual(mirai.find_key("tcp://127.0.0.1:1"), self.KEY)
+            self.assertEqual(mirai.find_key("tcp://127.0.0.1:2"), bytes(32))
+
+    def test_the_environments_key_comes_first(self):
+        with own_runtime_dir():
+            mirai.write_key_file("tcp://127.0.0.1:1", bytes(32))
+            with changed_environ(MIRAI_KEY=self.KEY.hex()):
+                self.assertEqual(mirai.find_key("tcp://127.0.0.1:1"), self.KEY)
+                self.assertEqual(mirai.find_key("tcp://127.0.0.1:9"), self.KEY)
+
+    def test_where_no_key_is_found_the_ways_to_give_one_are_named(self):
+        with own_runtime_dir():
+            mirai.write_key_file("tcp://127.0.0.1:1", self.KEY)
+            with self.assertRaisesRegex(mirai.Refused, "(?s)tcp://127.0.0.1:9.*MIRAI_KEY.*--key-file"):
+                mirai.find_key("tcp://127.0.0.1:9")
+
+    def test_key_files_that_hold_something_else_are_passed_over(self):
+        url = "tcp://127.0.0.1:1"
+        with own_runtime_dir() as folder:
+            for i, text in enumerate(("", "{", "[]", "null", "\"text\"", "{}", json.dumps({"url": url}), "{\"url\": 5}",
+                                      json.dumps({"url": url, "key": 5}), json.dumps({"url": url, "key": "abc"}))):
+                with open(os.path.join(folder, f"{i}.key"), "w") as file:
+                    file.write(text)
+            os.mkdir(os.path.join(folder, "folder.key"))
+            with self.assertRaises(mirai.Refused):
+                mirai.find_key(url)
+            mirai.write_key_file(url, self.KEY)
+            self.assertEqual(mirai.find_key(url), self.KEY)
+
+    # -- the handshake, without sockets
+
+    def ends(self, dialers=KEY, listeners=KEY, role="daemon", **about):
+        return mirai.DialerHandshake(dialers, role, about), mirai.ListenerHandshake(listeners)
+
+    def test_with_the_same_key_both_sides_are_done_and_the_listener_knows_who_it_is(self):
+        for role in ("daemon", "host"):
+            dialer, listener = self.ends(role=role, slot=7)
+            converse(dialer, listener)
+            self.assertTrue(dialer.done and listener.done)
+            self.assertEqual((listener.peer["role"], listener.peer["slot"]), (role, 7))
+            self.assertEqual(listener.peer["pid"], os.getpid())
+
+    def test_the_key_is_never_sent(self):
+        frames = []
+        dialer, listener = self.ends()
+        converse(dialer, listener, lambda frame: frames.append(frame) or frame)
+        self.assertEqual([frame[9] for frame in frames if frame], [
+            mirai.Kind.HELLO, mirai.Kind.CHALLENGE, mirai.Kind.PROOF, mirai.Kind.WELCOME])
+        for secret in (self.KEY, self.KEY.hex().encode()):
+            self.assertNotIn(secret, b"".join(frames))
+
+    def test_a_listener_with_another_key_learns_no_proof(self):
+        dialer, listener = self.ends(listeners=bytes(32))
+        with self.assertRaisesRegex(mirai.Refused, "does not hold the key"):
+            converse(dialer, listener)
+        self.assertFalse(dialer.done or listener.done)
+
+    def test_a_dialer_with_another_key_is_refused(self):
+        dialer, listener = self.ends(dialers=bytes(32))
+        challenge = only_message(listener.receive(only_message(dialer.hello())))
+        proof = mirai._proof(bytes(32), "dialer", dialer._hello, challenge.payload[32:])
+        with self.assertRaisesRegex(mirai.Refused, "wrong key"):
+            listener.receive(mirai.Message(mirai.Kind.PROOF, 0, 0, proof))
+        self.assertFalse(listener.done)
+
+    def test_a_proof_that_is_reflected_proves_nothing(self):
+        dialer, listener = self.ends()
+        challenge = only_message(listener.receive(only_message(dialer.hello())))
+        with self.assertRaisesRegex(mirai.Refused, "wrong key"):
+            listener.receive(mirai.Message(mirai.Kind.PROOF, 0, 0, challenge.payload[:32]))
+        self.assertFalse(listener.done)
+
+    def test_a_conversation_that_is_replayed_proves_nothing(self):
+        frames = []
+        converse(*self.ends(), lambda frame: frames.append(frame) or frame)
+        hello, challenge, proof = map(only_message, frames[:3])
+        listener = mirai.ListenerHandshake(self.KEY)
+        self.assertNotEqual(only_message(listener.receive(hello)), challenge)
+        with self.assertRaisesRegex(mirai.Refused, "wrong key"):
+            listener.receive(proof)
+        dialer, _ = self.ends()
+        with self.assertRaisesRegex(mirai.Refused, "does not hold the key"):
+            dialer.receive(challenge)
+        self.assertFalse(dialer.done or listener.done)
+
+    def test_a_listener_that_has_not_proven_itself_is_not_believed(self):
+        dialer, _ = self.ends()
+        dialer.hello()
+        with self.assertRaises(mirai.ProtocolError):
+            dialer.receive(mirai.Message(mirai.Kind.WELCOME, 0, 0, b""))
+        self.assertFalse(dialer.done)
+
+    def test_an_unknown_role_is_refused_by_name(self):
+        for role in ("nursery", "", None, 5, ["host"], {}):
+            dialer, listener = self.ends(role=role)
+            with self.subTest(role=role), self.assertRaisesRegex(mirai.Refused, "role .* is unknown"):
+                converse(dialer, listener)
+            self.assertFalse(listener.done)
+
+    def test_messages_out_of_order_end_the_handshake(self):
+        kinds = [kind for name, kind in vars(mirai.Kind).items() if name.isupper()]
+        for kind in kinds:
+            dialer, listener = self.ends()
+            with self.subTest(kind=kind, first=True):
+                if kind != mirai.Kind.HELLO:
+                    with self.assertRaises(mirai.ProtocolError):
+                        listener.receive(mirai.Message(kind, 0, 0, b"{}"))
+                with self.assertRaises(mirai.ProtocolError):
+                    dialer.receive(mirai.Message(kind, 0, 0, b"{}"))
+            dialer, listener = self.ends()
+            hello = only_message(dialer.hello())
+            listener.receive(hello)
+            with self.subTest(kind=kind, first=False), self.assertRaises(mirai.ProtocolError):
+                listener.receive(hello if kind == mirai.Kind.HELLO else mirai.Message(kind, 0, 0, b"{}"))
+            self.assertFalse(dialer.done or listener.done)
+
+    def test_a_refusal_says_why(self):
+        dialer, _ = self.ends()
+        with self.assertRaisesRegex(mirai.Refused, "by the listener: too late"):
+            dialer.receive(only_message(mirai.encode_json(mirai.Kind.REFUSED, {"why": "too late"})))
+
+    def test_a_hello_over_4_kib_is_refused_before_its_body_is_there(self):
+        dialer, _ = self.ends(padding="x" * 4096)
+        decoder = mirai.Decoder(mirai.STRANGER_LIMIT)
+        decoder.feed(dialer.hello()[:mirai.HEADER.size])
+        with self.assertRaisesRegex(mirai.ProtocolError, "at most 4096"):
+            decoder.pop()
+
+    def test_a_hello_that_is_no_json_object_ends_the_handshake(self):
+        for payload in (b"", b"{", b"[]", b"5", b"\xff\xfe", b"\"role\"", b"[" * 4000, b"{\"role\":" * 400,
+                        b"9" * 4000, b"NaN", b"\x00" * 100):
+            _, listener = self.ends()
+            with self.subTest(payload=payload[:10]), self.assertRaises(mirai.ProtocolError):
+                listener.receive(mirai.Message(mirai.Kind.HELLO, 0, 0, payload))
+
+    def test_a_bit_flipped_in_any_message_never_lets_anybody_in(self):
+        frames = []
+        converse(*self.ends(), lambda frame: frames.append(frame) or frame)
+        for number, name in enumerate(("HELLO", "CHALLENGE", "PROOF")):
+            silent = range(10 * 8, mirai.HEADER.size * 8)       # flags and id: without meaning in a handshake
+            for bit in range(len(frames[number]) * 8):
+                if bit in silent:
+                    continue
+                dialer, listener = self.ends()
+                kind = frames[number][9:10]
+                with contextlib.suppress(mirai.ProtocolError):
+                    converse(dialer, listener,
+                             lambda frame: flipped(frame, bit) if frame[9:10] == kind else frame)
+                if dialer.done or listener.done:
+                    self.fail(f"bit {bit} of {name} was flipped, and somebody was let in")
+
+    # -- connections
+
+    def pair(self):
+        """A connection over a non-blocking socket, and the plain socket at its other end."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        ours.setblocking(False)
+        return mirai.Connection(ours), theirs
+
+    def test_what_a_socket_does_not_take_at_once_is_sent_later(self):
+        connection, theirs = self.pair()
+        frames = [mirai.encode(mirai.Kind.TASK, i, os.urandom(300_000)) for i in range(5)]
+        self.assertFalse(all([connection.send(frame) for frame in frames]))
+        connection.post(b"last")
+        self.assertTrue(connection.pending)
+        expected, arrived = b"".join(frames) + b"last", bytearray()
+        while len(arrived) < len(expected):
+            connection.flush()
+            arrived += theirs.recv(100_000)
+        self.assertEqual(arrived, expected)
+        self.assertTrue(connection.flush())
+        self.assertFalse(connection.pending)
+
+    def test_a_large_frame_is_read_in_larger_pieces(self):
+        connection, theirs = self.pair()
+        frame = mirai.encode(mirai.Kind.TASK, 5, os.urandom(3_000_000))
+        sender = threading.Thread(target=theirs.sendall, args=(frame,))
+        sender.start()
+        self.assertEqual(connection.decoder.wanted(), mirai.READ_SIZE)
+        wanted, message = [], None
+        while message is None:
+            mirai.wait_ready([connection.fileno()], LONG)
+            connection.receive()
+            message = connection.decoder.pop()
+            wanted.append(connection.decoder.wanted())
+        sender.join()
+        self.assertEqual(message, (mirai.Kind.TASK, 5, 0, frame[mirai.HEADER.size:]))
+        self.assertEqual(wanted, sorted(wanted, reverse=True))
+        self.assertEqual((wanted[0], wanted[-1]), (mirai.READ_LARGE, mirai.READ_SIZE))
+
+    def test_a_connection_knows_its_end(self):
+        connection, theirs = self.pair()
+        self.assertFalse(connection.receive())
+        self.assertFalse(connection.ended)
+        theirs.sendall(mirai.encode(mirai.Kind.TASK, 1))
+        theirs.close()
+        self.assertTrue(connection.receive())
+        self.assertEqual(connection.decoder.pop().id, 1)
+        self.assertFalse(connection.receive())
+        self.assertTrue(connection.ended)
+        with self.assertRaises(OSError):
+            connection.send(mirai.encode(mirai.Kind.RESULT, 1))
+
+    def test_a_send_that_is_interrupted_loses_and_doubles_nothing(self):
+        connection, theirs = self.pair()
+        arrived, numbers, sent = [], itertools.count(1), []
+
+        def drain():
+            while data := theirs.recv(65536):
+                arrived.append(data)
+
+        def step():
+            if connection.pending:
+                mirai.wait_ready([connection.fileno()], LONG, write=True)
+                connection.flush()
+            else:
+                number = next(numbers)
+                connection.send(numbered_frame(number))
+                sent.append(number)
+
+        reader = threading.Thread(target=drain)
+        reader.start()
+        hits = harassed(step, 1.0)
+        while not connection.flush():
+            mirai.wait_ready([connection.fileno()], LONG, write=True)
+        connection.sock.shutdown(socket.SHUT_WR)
+        reader.join()
+        decoder = mirai.Decoder()
+        decoder.feed(b"".join(arrived))
+        got = []
+        for message in decoder:
+            self.assertEqual(mirai.encode(message.kind, message.id, message.payload), numbered_frame(message.id))
+            got.append(message.id)
+        self.assertEqual(sum(len(numbered_frame(number)) for number in got), sum(map(len, arrived)))
+        self.assertEqual(got, sorted(set(got)), "a frame came twice, or out of order")
+        self.assertEqual(set(sent) - set(got), set(), "a frame was lost")
+        self.assertGreater(hits, 50)
+        self.assertGreater(len(got), 50)
+
+    def test_a_receive_that_is_interrupted_loses_and_doubles_nothing(self):
+        connection, theirs = self.pair()
+        got, again, stop, last = {}, [], threading.Event(), []
+
+        def fill():
+            for number in itertools.count(1):
+                theirs.sendall(numbered_frame(number))
+                if stop.is_set():
+                    last.append(number)
+                    return
+
+        def step():
+            mirai.wait_ready([connection.fileno()], 0.01)
+            connection.receive()
+            for message in connection.decoder:      # one that is being handled when it happens comes again
+                if message.id in got and message.id != max(got):
+                    again.append(message.id)
+                got[message.id] = message.payload
+
+        writer = threading.Thread(target=fill)
+        writer.start()
+        hits = harassed(step, 1.0)
+        stop.set()
+        wait_until(lambda: (step(), last and last[0] in got)[1], what="the last frame's arrival")
+        writer.join()
+        self.assertEqual(list(got), list(range(1, last[0] + 1)))
+        self.assertEqual([n for n in got if got[n] != numbered_frame(n)[mirai.HEADER.size:]], [])
+        self.assertEqual(again, [])
+        self.assertGreater(hits, 50)
+
+    # -- dialing
+
+    def test_dialing_gives_up_on_a_listener_that_says_nothing(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+            start = time.monotonic()
+            with self.assertRaises(OSError):
+                mirai.dial(url, self.KEY, "daemon", {}, timeout=0.1)
+            self.assertLess(time.monotonic() - start, 2.0)
+
+    def test_dialing_says_where_nobody_listens_or_somebody_hangs_up(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+            thread = threading.Thread(target=lambda: listener.accept()[0].close())
+            thread.start()
+            with self.assertRaises(ConnectionError):
+                mirai.dial(url, self.KEY, "daemon", {})
+            thread.join()
+        with self.assertRaises(ConnectionRefusedError):
+            mirai.dial(url, self.KEY, "daemon", {})
+
+    def test_dialing_sends_no_task_to_a_listener_without_the_key(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def welcome():
+                with listener.accept()[0] as sock:
+                    sock.sendall(mirai.encode(mirai.Kind.WELCOME))
+                    sock.recv(65536)
+
+            thread = threading.Thread(target=welcome)
+            thread.start()
+            try:
+                with self.assertRaises(mirai.ProtocolError):
+                    mirai.dial(f"tcp://127.0.0.1:{listener.getsockname()[1]}", self.KEY, "daemon", {}).close()
+            finally:
+                thread.join()
+
+    def test_listening_says_where_it_cannot(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            with self.assertRaisesRegex(OSError, f"can't listen at tcp://127.0.0.1:{port}: "):
+                mirai.listen(mirai.Address("tcp", "127.0.0.1", port))
+        with tempfile.TemporaryDirectory() as folder:
+            with self.assertRaisesRegex(OSError, "can't listen at ipc:///"):
+                mirai.listen(mirai.Address("ipc", os.path.join(folder, "no", "such"), None))
+
+    def test_a_socket_file_is_for_this_user_alone(self):
+        with tempfile.TemporaryDirectory() as folder:
+            sock, address = mirai.listen(mirai.Address("ipc", os.path.join(folder, "socket"), None))
+            with sock:
+                self.assertEqual(os.stat(address.host).st_mode & 0o777, 0o600)
+
+
+# -- 8. Dispatcher shell
+
+NO_PROCESS = (1 << 22) + 1      # more than a process id can be: killing it kills nobody
+
+
+class Peer:
+    """A scripted host or daemon on an authenticated connection."""
+
+    def __init__(self, connection):
+        self.connection = connection
+        connection.sock.settimeout(LONG)
+        self.waiting = collections.deque()
+
+    def say(self, kind, id=0, payload=b"", flags=0):
+        self.connection.sock.sendall(mirai.encode(kind, id, payload, flags))
+
+    def hear(self, counts=False):
+        """The next message, None at the end of the connection; a host's COUNTS are passed over unless asked for."""
+        while True:
+            message = self.connection.decoder.pop()
+            if message is None:
+                if not self.connection.receive():
+                    return None
+            elif counts or message.kind != mirai.Kind.COUNTS:
+                return message
+
+    def close(self):
+        self.connection.close()
+
+
+class Shell:
+    """A real dispatcher in a thread, a scripted nursery at the other end of its control pipe."""
+
+    def __init__(self, url=None, slots=8):
+        self.key = os.urandom(32)
+        ours, theirs = socket.socketpair()
+        self.nursery = Peer(mirai.Connection(ours))
+        self.page = memoryview(bytearray(slots * mirai.SLOT_WORDS * 8)).cast("Q")
+        self.dispatcher = mirai.Dispatcher({"url": url or mirai.local_url(), "key": self.key.hex(), "elastic": False},
+                                           mirai.Connection(theirs), self.page)
+        self.status = None
+        self.thread = threading.Thread(target=self._run, name="dispatcher")
+        self.peers = []
+
+    def _run(self):
+        try:
+            self.status = self.dispatcher.run()
+        except BaseException as error:      # for the test to see
+            self.status = error
+        dispatcher = self.dispatcher        # as when its process ends:
+        for each in (dispatcher.nursery, dispatcher.listener, dispatcher.selector,
+                     *(peer.connection for peer in dispatcher.peers.values())):
+            each.close()
+
+    def __enter__(self):
+        self.thread.start()
+        self.listening = mirai.decode_json(self.nursery.hear())
+        self.url, self.files = self.listening["url"], self.listening["files"]
+        return self
+
+    def __exit__(self, *problem):
+        self.nursery.close()
+        self.thread.join(LONG)
+        for peer in self.peers:
+            peer.close()
+        if isinstance(self.status, BaseException):
+            raise AssertionError(f"the dispatcher failed: {self.status!r}") from self.status
+        if self.thread.is_alive():
+            raise AssertionError("the dispatcher did not end")
+
+    def dial(self, role, **about):
+        peer = Peer(mirai.dial(self.url, self.key, role, about))
+        self.peers.append(peer)
+        return peer
+
+    def host(self):
+        return self.dial("host")
+
+    def daemon(self):
+        return self.dial("daemon")
+
+    def local_daemon(self, launch, pid=NO_PROCESS):
+        return self.dial("daemon", slot=launch[0], serial=launch[1], pid=pid)
+
+    def stranger(self):
+        """A socket that has connected and said nothing."""
+        address = mirai.parse_url(self.url)
+        if address.scheme == "ipc":
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(address.host)
+        else:
+            sock = socket.create_connection((address.host, address.port))
+        peer = Peer(mirai.Connection(sock))
+        self.peers.append(peer)
+        return peer
+
+
+class TestDispatcher(Case):
+    K = mirai.Kind
+
+    def shell(self, **options):
+        shell = Shell(**options)
+        self.addCleanup(shell.__exit__, None, None, None)
+        return shell.__enter__()
+
+    def expect(self, message, kind, id, payload=None):
+        self.assertIsNotNone(message, "the connection has ended")
+        self.assertEqual((message.kind, message.id), (kind, id), message)
+        if payload is not None:
+            self.assertEqual(message.payload, payload)
+
+    def expect_refusal(self, stranger, why):
+        """A REFUSED frame that says why, and then the end."""
+        message = stranger.hear()
+        self.expect(message, self.K.REFUSED, 0)
+        self.assertRegex(mirai.decode_json(message)["why"], why)
+        self.assertIsNone(stranger.hear())
+
+    def launched(self, shell, host, n=1):
+        """Asks for n local daemons, and gives their launches as the nursery is told."""
+        host.say(self.K.LAUNCH, payload=json.dumps({"n": n, "spec": {"env": {}}}).encode())
+        message = shell.nursery.hear()
+        self.expect(message, self.K.FORK, 0)
+        launches = mirai.decode_json(message)["launches"]
+        self.assertEqual(len(launches), n)
+        return launches
+
+    def ended(self, shell, launch, status=1, words=""):
+        """The nursery reports the end of a local daemon."""
+        shell.nursery.say(self.K.ENDED, payload=json.dumps({
+            "slot": launch[0], "serial": launch[1], "pid": NO_PROCESS, "status": status, "words": words}).encode())
+
+    # -- tasks and results
+
+    def test_a_task_goes_to_a_daemon_and_its_result_to_the_host(self):
+        for url in (None, "tcp://127.0.0.1:0"):
+            with self.subTest(url=url):
+                shell = self.shell(url=url)
+                host, daemon = shell.host(), shell.daemon()
+                host.say(self.K.TASK, 5, b"the task")
+                self.expect(daemon.hear(), self.K.TASK, 5, b"the task")
+                daemon.say(self.K.RESULT, 5, b"the outcome")
+                self.expect(host.hear(), self.K.RESULT, 5, b"the outcome")
+
+    def test_tasks_go_out_in_order_to_whoever_is_idle(self):
+        shell = self.shell()
+        host = shell.host()
+        for task in range(1, 8):
+            host.say(self.K.TASK, task)
+        first = shell.daemon()
+        self.expect(first.hear(), self.K.TASK, 1)
+        second = shell.daemon()
+        self.expect(second.hear(), self.K.TASK, 2)
+        for daemon, done, then in ((second, 2, 3), (second, 3, 4), (first, 1, 5), (second, 4, 6), (first, 5, 7)):
+            daemon.say(self.K.RESULT, done)
+            self.expect(host.hear(), self.K.RESULT, done)
+            self.expect(daemon.hear(), self.K.TASK, then)
+
+    def test_it_never_unpickles(self):
+        bomb = b"cos\n_exit\n(I77\ntR."
+        shell = self.shell()
+        host, daemon = shell.host(), shell.daemon()
+
+        def never(*_, **__):
+            raise AssertionError("the dispatcher unpickled")
+
+        with contextlib.ExitStack() as stack:
+            for module, names in ((pickle, ("loads", "load", "Unpickler")), (mirai.marshal, ("loads", "load")),
+                                  (mirai, ("loads", "load_outcome", "evaluate"))):
+                for name in names:
+                    stack.enter_context(replaced(module, name, never))
+            host.say(self.K.TASK, 1, bomb)
+            self.expect(daemon.hear(), self.K.TASK, 1, bomb)
+            daemon.say(self.K.RESULT, 1, bomb)
+            self.expect(host.hear(), self.K.RESULT, 1, bomb)
+
+    def test_bytes_may_come_one_at_a_time(self):
+        shell = self.shell(url="tcp://127.0.0.1:0")
+        host, daemon = shell.host(), shell.stranger()
+
+        def dribble(data):
+            for i in range(len(data)):
+                daemon.connection.sock.sendall(data[i:i + 1])
+
+        shake = mirai.DialerHandshake(shell.key, "daemon", {})
+        dribble(shake.hello())
+        while not shake.done:
+            dribble(shake.receive(daemon.hear()))
+        host.say(self.K.TASK, 1, b"x")
+        self.expect(daemon.hear(), self.K.TASK, 1, b"x")
+        dribble(mirai.encode(self.K.RESULT, 1, b"outcome") + mirai.encode(self.K.LEAVE, 0))
+        self.expect(host.hear(), self.K.RESULT, 1, b"outcome")
+
+    def test_frames_may_follow_a_proof_in_the_same_bytes(self):
+        shell = self.shell()
+        daemon, host = shell.daemon(), shell.stranger()
+        shake = mirai.DialerHandshake(shell.key, "host", {})
+        host.connection.sock.sendall(shake.hello())
+        proof = shake.receive(host.hear())
+        host.connection.sock.sendall(proof + mirai.encode(self.K.TASK, 1, b"x" * 10_000))
+        self.expect(daemon.hear(), self.K.TASK, 1, b"x" * 10_000)
+
+    def test_a_daemon_that_does_not_read_holds_up_nobody(self):
+        shell = self.shell()
+        host, deaf = shell.host(), shell.daemon()
+        host.say(self.K.TASK, 1, b"x" * (8 << 20))
+        wait_until(lambda: shell.dispatcher.core.counts()[3] == 1)
+        other = shell.daemon()
+        host.say(self.K.TASK, 2)
+        self.expect(other.hear(), self.K.TASK, 2)
+        other.say(self.K.RESULT, 2)
+        self.expect(host.hear(), self.K.RESULT, 2)
+        self.assertEqual(len(deaf.hear().payload), 8 << 20)
+
+    def test_counts_come_to_the_host_unasked(self):
+        shell = self.shell()
+        host = shell.host()
+        counts = (0, 0, 0, 0, 0)
+
+        def until(*expected):
+            nonlocal counts
+            while counts != expected:
+                message = host.hear(counts=True)
+                if message.kind == self.K.COUNTS:
+                    counts = mirai.COUNTS.unpack(message.payload)
+
+        daemon = shell.daemon()
+        until(1, 1, 0, 0, 0)
+        for task in (1, 2, 3):
+            host.say(self.K.TASK, task)
+        until(1, 1, 2, 1, 0)
+        daemon.say(self.K.RESULT, 1)
+        until(1, 1, 1, 1, 1)
+        daemon.close()
+        until(0, 1, 1, 0, 2)
+        host.say(self.K.CANCEL, 3)
+        until(0, 1, 0, 0, 3)
+
+    # -- strangers
+
+    def test_a_stranger_that_sends_garbage_is_dropped_and_nobody_else_is_disturbed(self):
+        shell = self.shell()
+        host, daemon = shell.host(), shell.daemon()
+        random_bytes = random.Random(1)
+        hello = mirai.DialerHandshake(shell.key, "daemon", {}).hello()
+        garbage = [b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"\0" * 100, b"\xff" * 100,
+                   mirai.encode(self.K.TASK, 1, b"x"), mirai.encode(self.K.PROOF, 0, bytes(32)), mirai.encode(self.K.WELCOME),
+                   mirai.encode(self.K.HELLO, 0, b"{"), mirai.encode(self.K.HELLO, 0, b"[]"), hello + hello,
+                   mirai.encode(self.K.HELLO, 0, json.dumps({"role": "daemon"}).encode()) + mirai.encode(self.K.RESULT, 1)]
+        garbage += [random_bytes.getrandbits(8 * 50).to_bytes(50, "little") for _ in range(50)]
+        for number, data in enumerate(garbage):
+            stranger = shell.stranger()
+            stranger.connection.sock.sendall(data)
+            with self.subTest(data=data[:40]), contextlib.suppress(ConnectionResetError):
+                while (message := stranger.hear()) is not None:
+                    self.assertIn(message.kind, (self.K.CHALLENGE, self.K.REFUSED))
+            stranger.close()
+            host.say(self.K.TASK, number)
+            self.expect(daemon.hear(), self.K.TASK, number)
+            daemon.say(self.K.RESULT, number)
+            self.expect(host.hear(), self.K.RESULT, number)
+
+    def test_a_strangers_deeply_nested_hello_harms_nobody(self):
+        shell = self.shell()
+        for payload in (b"[" * 4000, b"{\"a\":" * 800, b"9" * 4096):
+            stranger = shell.stranger()
+            stranger.say(self.K.HELLO, payload=payload)
+            self.expect(stranger.hear(), self.K.REFUSED, 0)
+        shell.daemon()
+
+    def test_silent_strangers_hold_up_nobody_and_are_bounded(self):
+        shell = self.shell()
+        host = shell.host()
+        strangers = [shell.stranger() for _ in range(300)]
+        half_a_hello = mirai.DialerHandshake(shell.key, "daemon", {}).hello()[:50]
+        for stranger in strangers[-20:]:
+            stranger.connection.sock.sendall(half_a_hello)
+        start = time.monotonic()
+        daemon = shell.daemon()
+        host.say(self.K.TASK, 1)
+        self.expect(daemon.hear(), self.K.TASK, 1)
+        self.assertLess(time.monotonic() - start, 1.0)
+        self.assertLessEqual(len(shell.dispatcher.strangers), mirai.STRANGERS)
+        self.assertLessEqual(len(shell.dispatcher.peers), mirai.STRANGERS + 2)
+        for stranger in strangers[:300 - mirai.STRANGERS]:
+            self.expect_refusal(stranger, "too many connections")
+
+    def test_a_stranger_that_says_nothing_is_refused_in_time(self):
+        with replaced(mirai, "HANDSHAKE_TIME", 0.05):
+            shell = self.shell()
+            silent = shell.stranger()
+            self.expect_refusal(silent, "no handshake in time")
+            daemon, host = shell.daemon(), shell.host()
+            self.expect_refusal(shell.stranger(), "no handshake in time")
+        host.say(self.K.TASK, 1)        # who came in time stays
+        self.expect(daemon.hear(), self.K.TASK, 1)
+
+    def test_a_wrong_key_is_refused_and_told_so(self):
+        shell = self.shell()
+        with self.assertRaisesRegex(mirai.Refused, "does not hold the key"):
+            mirai.dial(shell.url, bytes(32), "daemon", {})
+        stranger = shell.stranger()
+        stranger.connection.sock.sendall(mirai.DialerHandshake(bytes(32), "daemon", {}).hello())
+        self.expect(stranger.hear(), self.K.CHALLENGE, 0)
+        stranger.say(self.K.PROOF, payload=bytes(32))
+        self.expect_refusal(stranger, "wrong key")
+        wait_until(lambda: not shell.dispatcher.strangers)
+        self.assertEqual(shell.dispatcher.core.counts()[:2], (0, 0))
+
+    def test_before_the_proof_a_frame_over_4_kib_is_refused_unread(self):
+        shell = self.shell()
+        for before in (False, True):
+            stranger = shell.stranger()
+            if before:
+                stranger.connection.sock.sendall(mirai.DialerHandshake(shell.key, "daemon", {}).hello())
+                self.expect(stranger.hear(), self.K.CHALLENGE, 0)
+            stranger.connection.sock.sendall(mirai.HEADER.pack(4097, mirai.WIRE_VERSION, self.K.HELLO, 0, 0))
+            self.expect_refusal(stranger, "4097 bytes where at most 4096")
+
+    def test_a_peer_with_the_key_whose_hello_makes_no_sense_is_refused(self):
+        shell = self.shell()
+        for about in ({"pid": None, "host": None}, {"slot": [0], "serial": 0}, {"slot": "0"}, {"slot": {}}):
+            with self.subTest(about=about), self.assertRaises((mirai.ProtocolError, OSError)):
+                shell.dial("daemon", **about).close()
+        stranger = shell.stranger()
+        shake = mirai.DialerHandshake(shell.key, "daemon", {})
+        shake._hello = json.dumps({"role": "daemon"}).encode()
+        stranger.connection.sock.sendall(shake.hello())
+        with self.assertRaises(mirai.Refused):
+            shake.receive(stranger.hear())
+        host, daemon = shell.host(), shell.daemon()
+        host.say(self.K.TASK, 1)
+        self.expect(daemon.hear(), self.K.TASK, 1)
+
+    def test_a_length_that_is_only_announced_costs_nothing(self):
+        shell = self.shell()
+        host, boaster = shell.host(), shell.daemon()
+        host.say(self.K.TASK, 1)
+        self.expect(boaster.hear(), self.K.TASK, 1)
+        boaster.connection.sock.sendall(mirai.HEADER.pack(1 << 62, mirai.WIRE_VERSION, self.K.RESULT, 0, 1) + b"x" * 100)
+        other = shell.daemon()
+        host.say(self.K.TASK, 2)
+        self.expect(other.hear(), self.K.TASK, 2)
+        boaster.close()
+        self.expect(host.hear(), self.K.LOST, 1)
+
+    def test_another_version_is_refused_by_name(self):
+        shell = self.shell()
+        stranger = shell.stranger()
+        stranger.connection.sock.sendall(mirai.HEADER.pack(0, mirai.WIRE_VERSION + 1, self.K.HELLO, 0, 0))
+        self.expect_refusal(stranger, "wire version 2 met 1")
+
+    def test_a_second_host_is_refused(self):
+        shell = self.shell()
+        host, daemon = shell.host(), shell.daemon()
+        with self.assertRaisesRegex(mirai.Refused, "has a host"):
+            shell.host()
+        host.say(self.K.TASK, 1)
+        self.expect(daemon.hear(), self.K.TASK, 1)
+
+    # -- daemons at fault, lost, leaving
+
+    def test_a_daemon_that_answers_a_task_it_does_not_have_is_dropped(self):
+        for task in (None, 1):
+            with self.subTest(task=task), contextlib.redirect_stderr(io.StringIO()) as said:
+                shell = self.shell()
+                host, liar = shell.host(), shell.daemon()
+                if task is not None:
+                    host.say(self.K.TASK, task)
+                    self.expect(liar.hear(), self.K.TASK, task)
+                liar.say(self.K.RESULT, 7)
+                self.assertIsNone(liar.hear())
+                if task is not None:
+                    self.expect(host.hear(), self.K.LOST, task)
+                self.assertIn("answered task 7", said.getvalue())
+                honest = shell.daemon()
+                host.say(self.K.TASK, 7)
+                self.expect(honest.hear(), self.K.TASK, 7)
+
+    def test_a_daemon_that_says_what_only_others_say_is_dropped(self):
+        for kind in (self.K.TASK, self.K.CANCEL, self.K.LAUNCH, self.K.LOST, self.K.COUNTS, self.K.ENDED, self.K.HELLO, 99):
+            with self.subTest(kind=kind), contextlib.redirect_stderr(io.StringIO()):
+                shell = self.shell()
+                host, liar = shell.host(), shell.daemon()
+                liar.say(kind, 1, b"{}")
+                self.assertIsNone(liar.hear())
+                honest = shell.daemon()
+                host.say(self.K.TASK, 1)
+                self.expect(honest.hear(), self.K.TASK, 1)
+
+    def test_the_task_of_a_lost_daemon_is_lost_and_no_other(self):
+        shell = self.shell()
+        host, lost, other = shell.host(), shell.daemon(), None
+        host.say(self.K.TASK, 1)
+        self.expect(lost.hear(), self.K.TASK, 1)
+        other = shell.daemon()
+        host.say(self.K.TASK, 2)
+        self.expect(other.hear(), self.K.TASK, 2)
+        host.say(self.K.TASK, 3)
+        lost.close()
+        message = host.hear()
+        self.expect(message, self.K.LOST, 1)
+        report = mirai.decode_json(message)
+        self.assertFalse(report["launch"])
+        self.assertIn(f"daemon {os.getpid()} on ", report["text"])
+        for task, then in ((2, 3), (3, None)):
+            other.say(self.K.RESULT, task)
+            self.expect(host.hear(), self.K.RESULT, task)
+            if then:
+                self.expect(other.hear(), self.K.TASK, then)
+
+    def test_a_lost_task_with_retries_is_given_to_another(self):
+        shell = self.shell()
+        host, lost = shell.host(), shell.daemon()
+        host.say(self.K.TASK, 1, b"x", flags=1)
+        self.expect(lost.hear(), self.K.TASK, 1)
+        host.say(self.K.TASK, 2)
+        lost.close()
+        second = shell.daemon()
+        self.expect(second.hear(), self.K.TASK, 1, b"x")
+        second.close()
+        self.expect(host.hear(), self.K.LOST, 1)
+
+    def test_a_daemon_that_leaves_is_sent_no_task_after(self):
+        shell = self.shell()
+        host, leaver = shell.host(), shell.daemon()
+        host.say(self.K.TASK, 1)
+        host.say(self.K.TASK, 2)
+        self.expect(leaver.hear(), self.K.TASK, 1)
+        leaver.say(self.K.LEAVE, 1, flags=mirai.MAXTASKS)
+        leaver.say(self.K.RESULT, 1, b"last")
+        self.expect(host.hear(), self.K.RESULT, 1, b"last")
+        leaver.connection.sock.shutdown(socket.SHUT_WR)
+        self.assertIsNone(leaver.hear())
+        self.expect(shell.daemon().hear(), self.K.TASK, 2)
+
+    def test_a_task_that_crossed_with_a_leave_is_given_to_another(self):
+        shell = self.shell()
+        host, leaver = shell.host(), shell.daemon()
+        host.say(self.K.TASK, 1, b"x")
+        host.say(self.K.TASK, 2, b"y")
+        wait_until(lambda: shell.dispatcher.core.counts()[3] == 1)
+        leaver.say(self.K.LEAVE, 0, flags=mirai.IDLETIME)
+        leaver.close()
+        second = shell.daemon()
+        self.expect(second.hear(), self.K.TASK, 1, b"x")
+        second.say(self.K.RESULT, 1)
+        self.expect(host.hear(), self.K.RESULT, 1)
+
+    # -- cancelling
+
+    def test_an_awaiting_task_that_is_cancelled_is_never_sent(self):
+        shell = self.shell()
+        host = shell.host()
+        for kind, task in ((self.K.TASK, 1), (self.K.TASK, 2), (self.K.CANCEL, 1)):
+            host.say(kind, task)
+        wait_until(lambda: shell.dispatcher.core.counts()[2] == 1)
+        self.expect(shell.daemon().hear(), self.K.TASK, 2)
+
+    def test_a_foreign_daemon_is_told_of_a_cancel_and_is_busy_until_it_answers(self):
+        shell = self.shell()
+        host, daemon = shell.host(), shell.daemon()
+        host.say(self.K.TASK, 1)
+        self.expect(daemon.hear(), self.K.TASK, 1)
+        host.say(self.K.CANCEL, 1)
+        host.say(self.K.TASK, 2)
+        self.expect(daemon.hear(), self.K.CANCEL, 1)
+        daemon.say(self.K.RESULT, 1, b"of no interest")
+        self.expect(daemon.hear(), self.K.TASK, 2)
+        daemon.say(self.K.RESULT, 2)
+        self.expect(host.hear(), self.K.RESULT, 2)
+
+    def test_a_local_daemon_is_cancelled_through_the_page_and_the_nursery(self):
+        shell = self.shell()
+        host = shell.host()
+        launches = self.launched(shell, host, 2)
+        local = {slot: shell.local_daemon((slot, serial), NO_PROCESS + slot) for slot, serial in launches}
+        host.say(self.K.TASK, 1)
+        slot = wait_until(lambda: [d for d in shell.dispatcher.core.daemons.values() if d.task == 1])[0].slot
+        self.expect(local[slot].hear(), self.K.TASK, 1)
+        host.say(self.K.CANCEL, 1)
+        message = shell.nursery.hear()
+        self.expect(message, self.K.SIGNAL, 0)
+        self.assertEqual(mirai.decode_json(message), {"pid": NO_PROCESS + slot, "signal": signal.SIGINT})
+        self.assertEqual(shell.page[slot * mirai.SLOT_WORDS], 1)
+        self.assertEqual(sum(shell.page), 1)
+        local[slot].say(self.K.RESULT, 1)
+        host.say(self.K.CANCEL, 1)          # too late, twice: nobody is told
+        host.say(self.K.CANCEL, 77)
+        host.say(self.K.LAUNCH, payload=json.dumps({"n": 1, "spec": {}}).encode())
+        self.expect(shell.nursery.hear(), self.K.FORK, 0)
+
+    # -- local daemons
+
+    def test_only_the_launch_that_counts_may_join(self):
+        shell = self.shell()
+        host = shell.host()
+        (slot, serial), = self.launched(shell, host)
+        for about in ((slot, serial + 1), (slot + 1, serial), (99, 99)):
+            with self.subTest(about=about), self.assertRaisesRegex(mirai.Refused, "launch was given up"):
+                shell.local_daemon(about)
+        shell.local_daemon((slot, serial))
+        with self.assertRaisesRegex(mirai.Refused, "launch was given up"):
+            shell.local_daemon((slot, serial))
+
+    def test_a_local_daemon_that_ends_is_launched_again_and_its_last_words_are_told(self):
+        shell = self.shell()
+        host = shell.host()
+        launch, = self.launched(shell, host)
+        daemon = shell.local_daemon(launch)
+        host.say(self.K.TASK, 1)
+        self.expect(daemon.hear(), self.K.TASK, 1)
+        shell.page[launch[0] * mirai.SLOT_WORDS + 1] = 1        # it has begun
+        daemon.close()
+        self.ended(shell, launch, -signal.SIGSEGV, "Segmentation fault\n")
+        message = host.hear()
+        self.expect(message, self.K.LOST, 1)
+        self.assertRegex(mirai.decode_json(message)["text"], "(?s)was killed by SIGSEGV.*Segmentation fault")
+        message = shell.nursery.hear()
+        self.expect(message, self.K.FORK, 0)
+        (slot, serial), = mirai.decode_json(message)["launches"]
+        self.assertEqual(slot, launch[0])
+        self.assertNotEqual(serial, launch[1])
+
+    def test_what_a_local_daemon_had_not_begun_is_not_lost_with_it(self):
+        shell = self.shell()
+        host = shell.host()
+        launch, = self.launched(shell, host)
+        daemon = shell.local_daemon(launch)
+        host.say(self.K.TASK, 1)
+        self.expect(daemon.hear(), self.K.TASK, 1)
+        daemon.close()
+        self.ended(shell, launch, -signal.SIGKILL)
+        self.expect(shell.daemon().hear(), self.K.TASK, 1)
+
+    def test_a_local_daemon_that_outlives_its_connection_is_killed(self):
+        shell = self.shell()
+        host = shell.host()
+        launch, = self.launched(shell, host)
+        shell.local_daemon(launch).close()
+        message = shell.nursery.hear()
+        self.expect(message, self.K.SIGNAL, 0)
+        self.assertEqual(mirai.decode_json(message), {"pid": NO_PROCESS, "signal": signal.SIGKILL})
+
+    def test_what_a_local_daemon_said_before_it_ended_counts(self):
+        shell = self.shell()
+        host = shell.host()
+        launch, = self.launched(shell, host)
+        daemon = shell.local_daemon(launch)
+        host.say(self.K.TASK, 1)
+        self.expect(daemon.hear(), self.K.TASK, 1)
+        shell.page[launch[0] * mirai.SLOT_WORDS + 1] = 1
+        daemon.say(self.K.RESULT, 1, b"last")
+        self.ended(shell, launch, 0)
+        self.expect(host.hear(), self.K.RESULT, 1, b"last")
+        self.expect(shell.nursery.hear(), self.K.FORK, 0)
+
+    def test_after_five_failed_launches_the_host_and_what_waits_are_told(self):
+        shell = self.shell()
+        host = shell.host()
+        host.say(self.K.TASK, 1)
+        launch, = self.launched(shell, host)
+        for number in range(mirai.MAX_FAILED_STARTS):
+            self.ended(shell, launch, 1, f"words {number}")
+            if number < mirai.MAX_FAILED_STARTS - 1:
+                message = shell.nursery.hear()
+                self.expect(message, self.K.FORK, 0)
+                launch, = mirai.decode_json(message)["launches"]
+        told = [host.hear(), host.hear()]
+        self.assertEqual(sorted(m.kind for m in told), sorted([self.K.NO_LAUNCH, self.K.LOST]))
+        for message in told:
+            report = mirai.decode_json(message)
+            self.assertRegex(report["text"], "(?s)5 in a row.*exited with status 1.*words 4")
+            if message.kind == self.K.LOST:
+                self.assertEqual((message.id, report["launch"]), (1, True))
+        self.ended(shell, launch, 1)            # a report that is repeated starts nothing
+        launch, = self.launched(shell, host)    # it may be asked anew
+        host.say(self.K.TASK, 2)
+        self.expect(shell.local_daemon(launch).hear(), self.K.TASK, 2)
+
+    # -- the end
+
+    def test_with_the_host_it_ends_and_takes_its_files_along(self):
+        for url in (None, "tcp://127.0.0.1:0"):
+            with self.subTest(url=url):
+                shell = self.shell(url=url)
+                self.assertEqual(len(shell.files), 2 if url is None else 1)
+                self.assertEqual([path for path in shell.files if not os.path.exists(path)], [])
+                self.assertEqual(mirai.find_key(shell.url), shell.key)
+                host, daemon = shell.host(), shell.daemon()
+                host.say(self.K.TASK, 1)
+                self.expect(daemon.hear(), self.K.TASK, 1)
+                host.close()
+                shell.thread.join(LONG)
+                self.assertEqual(shell.status, 0)
+                self.assertEqual([path for path in shell.files if os.path.exists(path)], [])
+
+    def test_a_stranger_or_daemon_that_ends_does_not_end_it(self):
+        shell = self.shell()
+        host = shell.host()
+        shell.stranger().close()
+        shell.daemon().close()
+        host.say(self.K.TASK, 1)
+        self.expect(shell.daemon().hear(), self.K.TASK, 1)
+
+    def test_with_the_nursery_it_ends_and_kills_the_local_daemons(self):
+        for told in (False, True):          # whether there is something to tell the nursery at that moment
+            with self.subTest(told=told), subprocess.Popen(["sleep", "1000"], start_new_session=True) as child:
+                self.addCleanup(child.kill)
+                shell = self.shell()
+                host, core = shell.host(), shell.dispatcher.core
+                launch, = self.launched(shell, host)
+                daemon = shell.local_daemon(launch, child.pid)
+                host.say(self.K.TASK, 1)
+                self.expect(daemon.hear(), self.K.TASK, 1)
+                cancelled = core.cancelled
+                core.cancelled = lambda task: (shell.nursery.close(), cancelled(task))[1]
+                if told:
+                    host.say(self.K.CANCEL, 1)
+                else:
+                    shell.nursery.close()
+                shell.thread.join(LONG)
+                try:
+                    self.assertEqual(shell.status, 0)
+                    self.assertEqual(child.wait(1.0), -signal.SIGKILL)
+                finally:
+                    child.kill()
+                self.assertEqual([path for path in shell.files if os.path.exists(path)], [])
+
+
+# -- 9. Daemon
+
+
+class ByHand:
+    """A daemon that is started by hand: `python mirai.py daemon URL ...`."""
+
+    def __init__(self, url, *options, key=None, module=False, stdin=None, **more):
+        environ = {name: value for name, value in os.environ.items() if name != "MIRAI_KEY"}
+        environ.update(PYTHONPATH=HERE, PYTHONDONTWRITEBYTECODE="1", **({} if key is None else {"MIRAI_KEY": key}))
+        command = ["-m", "mirai"] if module else [FILE]
+        self.process = subprocess.Popen([sys.executable, *command, "daemon", *([] if url is None else [url]), *options],
+                                        stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, env=environ, start_new_session=True, **more)
+        self.pid = self.process.pid
+        if stdin:
+            self.process.stdin.write(stdin)
+            self.process.stdin.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def status(self, timeout=LONG):
+        """Waits for its end: its exit status, and what it said on stderr."""
+        _, said = self.process.communicate(timeout=timeout)
+        return self.process.returncode, said
+
+
+def connections():
+    return info().connections
+
+
+def joined(n):
+    wait_until(lambda: connections() == n, what=f"{n} connections")
+
+
+# Tasks that run until they are interrupted. Each enters a gate first, so that the host knows that it runs.
+
+
+def sleeping(enter):
+    enter("sleep")
+    time.sleep(1000)
+
+
+def looping(enter):
+    enter("loop")
+    while True:
+        pass
+
+
+def counting(enter):
+    enter("generator")
+    return sum(1 for _ in itertools.count())
+
+
+def receiving(enter):
+    enter("socket")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.recv(1)
+
+
+def calling(enter):
+    enter("subprocess")
+    subprocess.run(["sleep", "1000"])
+
+
+def awaiting(enter):
+    enter("asyncio")
+    asyncio.run(asyncio.sleep(1000))
+
+
+def joining(enter):
+    enter("lock")
+    threading.Event().wait()
+
+
+def gated(enter):
+    enter("gate")
+
+
+def finalizing_last(enter):
+    class Slow:
+        def __del__(self):
+            enter("finalizer")
+            time.sleep(1000)
+
+    it = Slow()
+    del it              # an interrupt that comes in here is swallowed
+    gc.collect()        # or in here, on PyPy
+
+
+def finalizing(enter):
+    finalizing_last(enter)
+    time.sleep(1000)
+
+
+ENDLESS = (sleeping, looping, counting, receiving, calling, awaiting, joining, finalizing)
+
+
+def children_of(pid):
+    return [child for child in family_of(pid) if is_alive(child)]
+
+
+class TestDaemon(Case):
+    URLS = ("tcp://127.0.0.1:0", None)      # None: the platform's own
+
+    def set_daemons(self, url=None, n=None, **options):
+        """Daemons that are reset after the test: the URL at which others can join."""
+        self.addCleanup(daemons, 0)
+        daemons(*([] if n is None else [n]), url=url or mirai.local_url(), **options)
+        return status()["daemons"]
+
+    def by_hand(self, *arguments, **options):
+        one = ByHand(*arguments, **options)
+        self.addCleanup(one.__exit__)
+        return one
+
+    def key(self):
+        """The key of the profile that is set, as a user finds it."""
+        return mirai.find_key(status()["daemons"]).hex()
+
+    # -- started by hand
+
+    def test_one_started_by_hand_finds_the_key_joins_and_works(self):
+        for url in self.URLS:
+            for module in (False, True):
+                with self.subTest(url=url, module=module):
+                    actual = self.set_daemons(url)
+                    with self.by_hand(actual, module=module) as one:
+                        joined(1)
+                        self.assertEqual(mirai.mirai(os.getpid).result(LONG), one.pid)
+                        self.assertEqual(mirai.mirai("x + 1", x=1).result(LONG), 2)
+                        with self.assertRaises(ZeroDivisionError):
+                            mirai.mirai(lambda: 1 / 0).result(LONG)
+                        daemons(0)
+                        self.assertEqual(one.status(), (0, ""))
+
+    def test_n_starts_as_many(self):
+        url = self.set_daemons(self.URLS[0])
+        with self.by_hand(url, "-n", "2") as both, Gate() as gate:
+            joined(2)
+            held = [mirai.mirai(gate.enter, i) for i in range(2)]
+            pids = {gate.arrived()[1] for _ in held}
+            self.assertEqual(len(pids), 2)
+            self.assertLessEqual(pids, {both.pid, *family_of(both.pid)})
+            gate.open()
+            call_mirai(held)
+            daemons(0)
+            self.assertEqual(both.status(), (0, ""))
+
+    def test_the_exit_status_says_why_it_ended(self):
+        url = self.set_daemons(self.URLS[0])
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            nobody = f"tcp://127.0.0.1:{unused.getsockname()[1]}"
+        key = self.key()
+        expected = (
+            (0, "", self.by_hand(url)),
+            (64, "no URL", self.by_hand("127.0.0.1:5555", key=key)),
+            (64, "unknown scheme", self.by_hand("http://127.0.0.1:5555", key=key)),
+            (64, "url|URL", self.by_hand(None)),
+            (64, "--no-such", self.by_hand(url, "--no-such")),
+            (64, "idletime", self.by_hand(url, "--idletime", "-1")),
+            (64, "maxtasks", self.by_hand(url, "--maxtasks", "many")),
+            (64, "-n 0", self.by_hand(url, "-n", "0")),
+            (64, "64 hexadecimal", self.by_hand(url, key="abc")),
+            (69, "can't reach", self.by_hand(nobody, key=key)),
+            (69, "can't reach", self.by_hand("ipc:///no/such/socket", key=key)),
+            (77, "key", self.by_hand(url, key="00" * 32)),
+            (77, "MIRAI_KEY.*--key-file", self.by_hand(nobody)),
+            (64, "no-such", self.by_hand(url, "--key-file", os.path.join(HERE, "no-such-file"))),
+        )
+        joined(1)
+        for status, said, one in expected[1:]:
+            with self.subTest(status=status, said=said):
+                actual, stderr = one.status()
+                self.assertEqual(actual, status, stderr)
+                self.assertRegex(stderr, f"(?s){said}")
+                self.assertNotIn("Traceback", stderr)
+        daemons(0)
+        self.assertEqual(expected[0][2].status(), (0, ""))
+
+    def test_its_limits_end_it_with_their_own_status(self):
+        url = self.set_daemons(self.URLS[0])
+        idle, wall = self.by_hand(url, "--idletime", "0.05"), self.by_hand(url, "--walltime", "0.05")
+        self.assertEqual((idle.status()[0], wall.status()[0]), (1, 2))
+        joined(0)
+        tasks = self.by_hand(url, "--maxtasks", "2")
+        self.assertEqual([m[:] for m in [mirai.mirai(os.getpid) for _ in range(2)]], [tasks.pid] * 2)
+        self.assertEqual(tasks.status()[0], 3)
+        joined(0)
+
+    def test_the_key_can_come_by_file_or_standard_input(self):
+        url = self.set_daemons(self.URLS[0])
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "key")
+            with open(path, "w") as file:
+                file.write(self.key() + "\n")
+            elsewhere = {"XDG_RUNTIME_DIR": folder}     # where no key file is found
+            with changed_environ(**elsewhere):
+                by_file = self.by_hand(url, "--key-file", path)
+                by_input = self.by_hand(url, "--key-file", "-", stdin=self.file_text(path))
+                neither = self.by_hand(url)
+            joined(2)
+            self.assertEqual(neither.status()[0], 77)
+            daemons(0)
+            self.assertEqual((by_file.status()[0], by_input.status()[0]), (0, 0))
+
+    @staticmethod
+    def file_text(path):
+        with open(path) as file:
+            return file.read()
+
+    def test_ctrl_c_ends_an_idle_one(self):
+        url = self.set_daemons(self.URLS[0])
+        one, two = self.by_hand(url), self.by_hand(url, "-n", "2")
+        joined(3)
+        os.killpg(one.pid, signal.SIGINT)
+        self.assertEqual(one.status(), (130, ""))
+        os.killpg(two.pid, signal.SIGINT)
+        actual, said = two.status()
+        self.assertEqual((abs(actual) in (130, signal.SIGINT), said), (True, ""))
+        joined(0)
+
+    def test_ctrl_c_ends_a_busy_one_and_its_task_is_an_interrupt(self):
+        url = self.set_daemons(self.URLS[0])
+        with self.by_hand(url) as one, Gate() as gate:
+            m = mirai.mirai(sleeping, gate.enter)
+            gate.arrived()
+            gate.open()
+            os.kill(one.pid, signal.SIGINT)
+            self.assertIsInstance(m[:], MiraiInterrupt)
+            one.status()
+            joined(0)
+
+    def test_one_that_is_busy_when_the_host_ends_is_soon_gone(self):
+        with Gate() as gate, Host(f"""
+                import mirai, time
+                mirai.daemons(url="tcp://127.0.0.1:0")
+                print(mirai.status()["daemons"])
+                def busy(address):
+                    import socket
+                    with socket.create_connection(address) as sock:
+                        sock.sendall(b"[0, 0]\\n")
+                    while True:
+                        pass
+                ms = [mirai.mirai(busy, {gate.address!r}) for _ in range(2)]
+                time.sleep(1000)
+                """) as host:
+            url = host.line()
+            ones = [self.by_hand(url) for _ in range(2)]
+            for _ in ones:
+                gate.arrived()
+            host.process.kill()
+            killed = time.monotonic()
+            for one in ones:
+                one.process.wait(LONG)
+            self.assertLess(time.monotonic() - killed, 1.0)
+
+    def test_what_tasks_print_is_dropped(self):
+        url = self.set_daemons(self.URLS[0])
+        with self.by_hand(url, "--maxtasks", "3") as one:
+            mirai.mirai(print, "printed", flush=True).result(LONG)
+            mirai.mirai(os.write, 1, b"written").result(LONG)
+            mirai.mirai(subprocess.run, ["echo", "echoed"]).result(LONG)
+            self.assertEqual(one.process.communicate(timeout=LONG), ("", ""))
+        self.set_daemons(n=1)
+        done = run_python("""
+            import mirai, os, subprocess
+            with mirai.daemons(1):
+                mirai.mirai(print, "printed", flush=True).result()
+                mirai.mirai(os.write, 1, b"written").result()
+                mirai.mirai(subprocess.run, ["echo", "echoed"]).result()
+            mirai.mirai(print, "printed", flush=True).result()
+            print("the host's")
+            """)
+        self.assertEqual((done.stdout, done.stderr), ("the host's\n", ""))
+
+    # -- cancelling
+
+    def check_cancels(self, tasks):
+        """Each of the tasks is cancelled while it runs, and its daemon is free at once, and the same as before."""
+        pid = mirai.mirai(os.getpid).result(LONG)
+        for task in tasks:
+            with self.subTest(task=task.__name__), Gate() as gate:
+                m = mirai.mirai(task, gate.enter)
+                self.assertEqual(gate.arrived()[1], pid)
+                after = mirai.mirai(os.getpid)
+                gate.open()
+                if task is calling:         # before that, it is Popen() that is interrupted
+                    wait_until(lambda: "sleep" in map(self.program, children_of(pid)))
+                if task not in (looping, counting):
+                    wait_until(lambda: self.sleeps(pid))
+                self.assertTrue(m.cancel())
+                self.assertIsInstance(m.data, MiraiCancelled)
+                self.assertEqual(after.result(5.0), pid)
+
+    @staticmethod
+    def program(pid):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
+
+    @staticmethod
+    def sleeps(pid):
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "S"
+
+    def test_a_cancel_reaches_whatever_python_does(self):
+        self.set_daemons(n=1)
+        self.check_cancels(ENDLESS)
+
+    def test_a_cancel_reaches_one_that_was_started_by_hand(self):
+        for url in self.URLS:
+            with self.subTest(url=url), self.by_hand(self.set_daemons(url)):
+                self.check_cancels(ENDLESS)
+
+    def test_a_cancel_that_comes_too_late_hits_nobody(self):
+        for kind in ("local", "by hand"):
+            with self.subTest(kind=kind), contextlib.ExitStack() as stack:
+                url = self.set_daemons(n=1 if kind == "local" else None)
+                if kind == "by hand":
+                    stack.enter_context(self.by_hand(url))
+                pid = mirai.mirai(os.getpid).result(LONG)
+                moments = random.Random(2)
+                cancels = 0
+                for _ in range(300):
+                    m = mirai.mirai(abs, -1)
+                    after = mirai.mirai(os.getpid)
+                    end = time.perf_counter() + moments.uniform(0, 3e-4)
+                    while time.perf_counter() < end:
+                        pass
+                    cancels += m.cancel()
+                    self.assertEqual(after.result(LONG), pid)
+                self.assertEqual(mirai.mirai(os.getpid).result(LONG), pid)
+                self.assertGreater(cancels, 0)
+
+    def test_an_interrupt_that_a_finalizer_swallows_last_hits_nobody(self):
+        for kind in ("local", "by hand"):
+            with self.subTest(kind=kind), contextlib.ExitStack() as stack:
+                url = self.set_daemons(n=1 if kind == "local" else None)
+                if kind == "by hand":
+                    stack.enter_context(self.by_hand(url))
+                pid = mirai.mirai(os.getpid).result(LONG)
+                for _ in range(5):
+                    with Gate() as gate:
+                        m = mirai.mirai(finalizing_last, gate.enter)
+                        gate.arrived()
+                        m.cancel()
+                        self.assertEqual(mirai.mirai(time.sleep, 0.01)[:], None)
+                        self.assertEqual(mirai.mirai(os.getpid)[:], pid)
+
+    def test_a_task_that_changes_the_handler_of_ctrl_c_disturbs_no_later_cancel(self):
+        def ignore():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        def default():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        self.set_daemons(n=1)
+        for change in (ignore, default):
+            mirai.mirai(change).result(LONG)
+            self.check_cancels([sleeping])
+
+    def test_a_cancelled_daemon_does_the_next_task_undisturbed(self):
+        self.set_daemons(n=1)
+        with Gate() as gate:
+            for _ in range(20):
+                m = mirai.mirai(looping, gate.enter)
+                gate.arrived()
+                gate.open()
+                after = mirai.mirai(sum, range(200_000))
+                m.cancel()
+                self.assertEqual(after.result(LONG), sum(range(200_000)))
+
+    # -- what tasks find, and do
+
+    def test_on_daemon_is_true_there_and_false_here(self):
+        self.set_daemons(n=1)
+        self.assertIs(mirai.mirai(mirai.on_daemon).result(LONG), True)
+        self.assertIs(mirai.on_daemon(), False)
+
+    def test_quit_ends_the_daemon_and_sys_exit_is_an_error_value(self):
+        self.set_daemons(n=1)
+        pid = mirai.mirai(os.getpid).result(LONG)
+        failed = mirai.mirai(sys.exit, 3)[:]
+        self.assertEqual((failed.code, failed.condition_class[0]), (1000, "SystemExit"))
+        self.assertEqual(mirai.mirai(os.getpid).result(LONG), pid)
+        for source, status in (("quit()", 0), ("exit(3)", 3), ("quit('text')", 1)):
+            lost = mirai.mirai(source)[:]
+            self.assertIsInstance(lost, MiraiConnectionReset)
+            self.assertEqual(lost.code, 19)
+            self.assertIn(f"exited with status {status}", str(lost))
+        self.assertNotEqual(mirai.mirai(os.getpid).result(LONG), pid)
+
+    def test_a_task_that_closes_all_descriptors_is_lost_and_the_pool_recovers(self):
+        def close_all(wait):
+            os.closerange(0, 1024)
+            time.sleep(wait)
+
+        self.set_daemons(n=1)
+        for wait in (0, 1000):
+            with self.subTest(wait=wait):
+                start = time.monotonic()
+                lost = mirai.mirai(close_all, wait)[:]
+                self.assertIsInstance(lost, MiraiConnectionReset)
+                self.assertLess(time.monotonic() - start, 5.0)
+                self.assertEqual(mirai.mirai("1 + 1").result(LONG), 2)
+                self.assertEqual(info().connections, 1)
+
+    def test_the_environment_the_directory_and_the_path_are_the_hosts(self):
+        before, path = os.getcwd(), list(sys.path)
+        with tempfile.TemporaryDirectory() as folder:
+            folder = os.path.realpath(folder)
+            try:
+                os.chdir(folder)
+                sys.path.append(folder)
+                with changed_environ(MIRAI_TEST="set \u00e9", OMP_NUM_THREADS=None, MIRAI_KEY="00" * 32):
+                    self.set_daemons(n=2, url=None)
+                    self.assertEqual(mirai.mirai(os.getcwd).result(LONG), folder)
+                    self.assertEqual(mirai.mirai("import sys; sys.path").result(LONG), sys.path)
+                    environ = mirai.mirai("import os; dict(os.environ)").result(LONG)
+                    expected = {name: value for name, value in os.environ.items() if name != "MIRAI_KEY"}
+                    self.assertEqual({name: environ.get(name) for name in expected}, expected)
+                    self.assertNotIn("MIRAI_KEY", environ)
+                    self.assertEqual(environ["OMP_NUM_THREADS"], str(max(1, mirai.cpu_count() // 2)))
+                    echoed = mirai.mirai(subprocess.check_output, "echo $MIRAI_TEST", shell=True).result(LONG)
+                    self.assertEqual(echoed.decode(), "set \u00e9\n")
+                sys.path.insert(0, os.path.join(folder, "later"))
+                self.assertEqual(mirai.mirai("import sys; sys.path").result(LONG), sys.path)
+                with changed_environ(OMP_NUM_THREADS="7"):
+                    self.set_daemons(n=1)
+                    self.assertEqual(mirai.mirai("import os; os.environ['OMP_NUM_THREADS']").result(LONG), "7")
+            finally:
+                os.chdir(before)
+                sys.path[:] = path
+
+    def test_tasks_run_in_the_main_thread_and_not_as_the_hosts_main(self):
+        self.set_daemons(n=1)
+        self.assertTrue(mirai.mirai(lambda: threading.current_thread() is threading.main_thread()).result(LONG))
+        self.assertIsNone(mirai.mirai("import sys; getattr(sys.modules['__main__'], '__file__', None)").result(LONG))
+
+    def test_its_options_are_checked_and_the_near_miss_is_named(self):
+        with self.assertRaisesRegex(TypeError, "'idle_time'; did you mean 'idletime'"):
+            daemons(1, idle_time=5)
+        for bad in (0, -1, "5", True, math.nan):
+            with self.subTest(bad=bad), self.assertRaisesRegex(ValueError, "maxtasks=.*above 0"):
+                daemons(1, maxtasks=bad)
+        self.assertFalse(mirai.daemons_set())
+
+
+# -- 10. Nursery
+
+
+class TestNursery(Case):
+    def set_daemons(self, n, **options):
+        self.addCleanup(daemons, 0)
+        daemons(n, **options)
+
+    def expect_gone(self, pids, seconds):
+        """Every process ends within so many seconds; what did not is killed."""
+        try:
+            wait_until(lambda: not any(map(is_alive, pids)), seconds, "the end of all processes")
+        finally:
+            for pid in pids:
+                if is_alive(pid):
+                    with contextlib.suppress(ProcessLookupError), open(f"/proc/{pid}/cmdline") as file:
+                        print("left:", pid, file.read().replace("\0", " ")[:200], file=sys.stderr)
+                        os.kill(pid, signal.SIGKILL)
+
+    BUSY = """
+        import mirai, os, signal, subprocess, sys, time
+        from mirai import daemons, info
+
+        def loop():
+            while True:
+                pass
+
+        def compute():
+            sum(range(10**12))
+
+        def ignore():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(1000)
+
+        def call():
+            subprocess.run(["sleep", "1000"])
+
+        def start():
+            daemons(4)
+            ms = [mirai.mirai(f) for f in (loop, compute, ignore, call)]
+            while info().executing < 4:
+                time.sleep(0.001)
+            print(mirai.status()["daemons"])
+            return ms
+
+        """
+
+    def busy_host(self, code, **options):
+        """A host whose four daemons are busy, before it goes on with `code`; the ids of all that it started."""
+        host = Host(textwrap.dedent(self.BUSY) + textwrap.dedent(code), **options)
+        self.addCleanup(host.__exit__)
+        url = host.line()
+        family = wait_until(lambda: (lambda pids: pids if len(pids) >= 7 else None)(family_of(host.pid)))
+        self.assertEqual(len(family), 7)        # nursery, dispatcher, four daemons and the child of one
+        path = url[len("ipc://"):]
+        self.assertTrue(os.path.exists(path))
+        mirai.find_key(url)
+        return host, family, url
+
+    def expect_no_files(self, url):
+        self.assertFalse(os.path.exists(url[len("ipc://"):]))
+        with self.assertRaises(mirai.Refused):
+            mirai.find_key(url)
+
+    def test_what_a_killed_host_had_started_is_gone_a_second_later_with_its_files(self):
+        host, family, url = self.busy_host("ms = start(); time.sleep(1000)")
+        os.kill(host.pid, signal.SIGKILL)
+        self.expect_gone(family, 1.0)
+        self.expect_no_files(url)
+
+    def test_neither_a_fork_nor_a_program_with_the_hosts_descriptors_keeps_it_alive(self):
+        host, family, url = self.busy_host("""
+            ms = start()
+            sys.stdin.readline()
+            fork = os.fork()
+            if fork == 0:
+                time.sleep(1000)
+                os._exit(0)
+            for fd in map(int, os.listdir("/proc/self/fd")):
+                try:
+                    os.set_inheritable(fd, True)
+                except OSError:
+                    pass
+            program = subprocess.Popen(["sleep", "1000"], close_fds=False)
+            print(fork, program.pid)
+            time.sleep(1000)
+            """, stdin=subprocess.PIPE)
+        self.addCleanup(host.process.stdin.close)
+        host.process.stdin.write("go\n")
+        host.process.stdin.flush()
+        survivors = list(map(int, host.line().split()))
+        try:
+            os.kill(host.pid, signal.SIGKILL)
+            self.expect_gone(family, 1.0)
+            self.expect_no_files(url)
+            self.assertTrue(all(map(is_alive, survivors)))
+        finally:
+            for pid in survivors:
+                os.kill(pid, signal.SIGKILL)
+
+    def test_however_a_host_ends_all_is_gone_and_nothing_is_said(self):
+        endings = {
+            "ms = start(); sys.stdin.readline()": (0, ""),
+            "ms = start(); sys.stdin.readline(); sys.exit(3)": (3, ""),
+            "ms = start(); sys.stdin.readline(); os._exit(4)": (4, ""),
+            "ms = start(); sys.stdin.readline(); daemons(0)": (0, ""),
+            "ms = start(); sys.stdin.readline(); os.kill(os.getpid(), signal.SIGTERM)": (-signal.SIGTERM, ""),
+            "ms = start(); sys.stdin.readline(); os.kill(os.getpid(), signal.SIGHUP)": (-signal.SIGHUP, ""),
+            "ms = start(); sys.stdin.readline(); 1 / 0": (1, "ZeroDivisionError: division by zero"),
+            "ms = start(); import threading; threading.Thread(target=lambda: ms[0][:], daemon=True).start(); "
+            "sys.stdin.readline()": (0, ""),
+        }
+        for code, (status, said) in endings.items():
+            with self.subTest(code=code):
+                host, family, url = self.busy_host(code, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+                start = time.monotonic()
+                _, stderr = host.process.communicate("go\n", timeout=LONG)
+                self.expect_gone(family, 2.0)
+                self.assertLess(time.monotonic() - start, 2.0)
+                self.assertEqual(host.process.returncode, status, stderr)
+                self.assertEqual(stderr.strip().rpartition("\n")[2], said)
+                self.assertEqual(stderr.count("Traceback"), 1 if said else 0, stderr)
+                self.expect_no_files(url)
+
+    def test_a_ctrl_c_in_the_terminal_is_the_hosts_alone(self):
+        host, family, url = self.busy_host("""
+            ms = start()
+            try:
+                ms[0].result()
+            except KeyboardInterrupt:
+                print("interrupted", [m.done() for m in ms], info().connections, flush=True)
+            sys.stdin.readline()
+            """, stdin=subprocess.PIPE, start_new_session=True)
+        self.addCleanup(host.process.stdin.close)
+        os.killpg(host.pid, signal.SIGINT)
+        self.assertEqual(host.line(), "interrupted [False, False, False, False] 4")
+        self.assertTrue(all(map(is_alive, family)))
+        host.process.communicate("go\n", timeout=LONG)
+        self.expect_gone(family, 1.0)
+
+    def test_without_its_nursery_all_ends_and_daemons_can_be_set_again(self):
+        with Gate() as gate:
+            self.set_daemons(2)
+            ms = [mirai.mirai(looping, gate.enter) for _ in range(2)] + [mirai.mirai(abs, 1) for _ in range(3)]
+            for _ in range(2):
+                gate.arrived()
+            gate.open()
+            nursery = nursery_pid()
+            family = [nursery, *family_of(nursery)]
+            os.kill(nursery, signal.SIGKILL)
+            lost = [m[:] for m in ms]
+            self.assertEqual([(type(e), e.code) for e in lost], [(MiraiConnectionReset, 19)] * 5)
+            self.expect_gone(family, 1.0)
+            with self.assertRaises(MiraiConnectionReset):
+                mirai.mirai(abs, 1)
+            self.set_daemons(2)
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+            self.assertNotEqual(nursery_pid(), nursery)
+
+    def test_without_its_dispatcher_all_ends_and_the_next_call_says_so(self):
+        with Gate() as gate:
+            self.set_daemons(2)
+            ms = [mirai.mirai(looping, gate.enter) for _ in range(2)]
+            for _ in range(2):
+                gate.arrived()
+            gate.open()
+            url = status()["daemons"]
+            pids = family_of(nursery_pid())
+            os.kill(dispatcher_pid(), signal.SIGKILL)
+            for m in ms:
+                self.assertIn("was killed by SIGKILL", str(m[:]))
+                self.assertEqual(m[:].code, 19)
+            self.expect_gone(pids, 1.0)
+            with self.assertRaisesRegex(MiraiConnectionReset, r"(?s)SIGKILL.*daemons\(n\)"):
+                mirai.mirai(abs, 1)
+            wait_until(lambda: not os.path.exists(url[len("ipc://"):]), 1.0)
+            self.set_daemons(1)
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_each_daemon_leads_a_session_of_its_own(self):
+        self.set_daemons(2)
+        self.assertTrue(mirai.mirai(lambda: os.getsid(0) == os.getpgid(0) == os.getpid()).result(LONG))
+
+    def test_what_a_lost_daemons_task_had_started_goes_with_it(self):
+        def start_and_die():
+            child = subprocess.Popen(["sleep", "1000"])
+            os.write(2, f"child {child.pid}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        self.set_daemons(1)
+        lost = mirai.mirai(start_and_die)[:]
+        self.expect_gone([int(re.search("child ([0-9]+)", str(lost))[1])], 1.0)
+
+    # -- last words
+
+    def test_the_last_words_of_a_crash_are_its_stack(self):
+        def crash_here():
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+        self.set_daemons(1)
+        lost = mirai.mirai(crash_here)[:]
+        self.assertIsInstance(lost, MiraiConnectionReset)
+        self.assertRegex(str(lost), r"(?s)daemon [0-9]+ .*was killed by SIGSEGV.*Segmentation fault")
+        if not PYPY:
+            self.assertIn("in crash_here", str(lost))
+
+    def test_of_the_last_words_the_last_4096_bytes_are_kept(self):
+        def talk():
+            os.write(2, b"the beginning" + b"x" * 100_000 + b"the end")
+            os._exit(3)
+
+        self.set_daemons(1)
+        text = str(mirai.mirai(talk)[:])
+        self.assertIn("exited with status 3", text)
+        self.assertTrue(text.endswith("xthe end"))
+        self.assertLess(len(text), mirai.LAST_WORDS + 200)
+        self.assertGreater(len(text), mirai.LAST_WORDS - 200)
+
+    # -- descriptors
+
+    def test_daemons_inherit_no_descriptors(self):
+        def held():
+            return {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                    if os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}")}
+
+        with tempfile.TemporaryFile() as file, Gate() as gate:
+            os.set_inheritable(file.fileno(), True)
+            os.set_inheritable(gate.listener.fileno(), True)
+            self.set_daemons(3)
+            ms = [mirai.mirai(lambda enter, held: (enter("x"), held())[1], gate.enter, held) for _ in range(3)]
+            for _ in ms:
+                gate.arrived()
+            gate.open()
+            found = [m.result(LONG) for m in ms]
+            os.set_inheritable(gate.listener.fileno(), False)
+        sockets = [[to for to in fds.values() if to.startswith("socket:")] for fds in found]
+        self.assertEqual(list(map(len, sockets)), [1, 1, 1], found)
+        self.assertEqual(len({each[0] for each in sockets}), 3)
+        for fds in found:
+            self.assertEqual([fds["0"], fds["1"]], [os.devnull] * 2)
+            pipes = [fd for fd, to in fds.items() if to.startswith("pipe:")]
+            self.assertEqual(pipes, ["2"], fds)
+            self.assertLessEqual(len(fds), 6 if PYPY else 4, fds)
+
+    def test_daemons_have_the_users_own_limit_of_descriptors(self):
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.set_daemons(1)
+        self.assertEqual(mirai.mirai("import resource; resource.getrlimit(resource.RLIMIT_NOFILE)[0]").result(LONG), soft)
+
+    # -- starting, again and again
+
+    def test_five_failed_starts_are_an_error_with_the_last_words_and_others_work_on(self):
+        done = run_python("""
+            import difflib, mirai, os, resource, time
+            from mirai import daemons, info, launch_local
+            daemons(1)
+            pid = mirai.mirai(os.getpid).result()
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            start = time.monotonic()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            text = "it did start"
+            try:
+                launch_local(1)
+            except mirai.LaunchError as error:
+                text = str(error)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert time.monotonic() - start < 10.0
+            assert "5 in a row" in text and "Too many open files" in text, text
+            assert [mirai.mirai(os.getpid).result() for _ in range(5)] == [pid] * 5
+            assert info().connections == 1
+            assert launch_local(1) == 1
+            assert info().connections >= 2
+            print("good")
+            """)
+        self.assertEqual((done.stdout, done.stderr), ("good\n", ""))
+
+    def test_daemons_that_cannot_start_are_an_error_with_their_last_words(self):
+        def no_daemons(*_):
+            return {**spec(*_), "cwd": "/no/such/directory"}
+
+        spec = mirai._daemon_spec
+        with replaced(mirai, "_daemon_spec", no_daemons):
+            with self.assertRaisesRegex(mirai.LaunchError, "(?s)5 in a row.*/no/such/directory"):
+                daemons(2)
+        self.assertFalse(mirai.daemons_set())
+
+    def test_an_idle_daemon_that_is_killed_is_soon_replaced(self):
+        self.set_daemons(2)
+        with Gate() as gate:
+            ms = [mirai.mirai(gate.enter) for _ in range(2)]
+            victim = [gate.arrived()[1] for _ in ms][0]
+            gate.open()
+            call_mirai(ms)
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: info().cumulative == 3 and info().connections == 2, 2.0, "a new daemon")
+            ms = [mirai.mirai(gate.enter) for _ in range(2)]
+            self.assertNotIn(victim, [gate.arrived()[1] for _ in ms])
+
+    def test_daemons_that_reach_maxtasks_are_replaced(self):
+        self.set_daemons(2, maxtasks=1)
+        pids = [m.result(LONG) for m in [mirai.mirai(os.getpid) for _ in range(8)]]
+        self.assertEqual(len(set(pids)), 8)
+        wait_until(lambda: info().connections == 2, 2.0, "two new daemons")
+
+    def test_daemons_that_idle_out_come_back_when_tasks_wait(self):
+        self.set_daemons(1, idletime=0.05)
+        first = mirai.mirai(os.getpid).result(LONG)
+        wait_until(lambda: info().connections == 0)
+        self.assertNotEqual(mirai.mirai(os.getpid).result(LONG), first)
+
+    def test_setting_and_resetting_leaves_nothing_behind(self):
+        def held():
+            nursery = nursery_pid()
+            return (descriptors(), len(os.listdir(f"/proc/{nursery}/fd")), len(family_of(nursery)),
+                    threading.active_count(), sorted(os.listdir(mirai.runtime_dir())))
+
+        first = None
+        for _ in range(30):
+            with daemons(2):
+                self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+            if first is None:
+                first = held()
+        self.assertEqual(held(), first)
+# -- helpers of part III
+
+
+def _pids(n, compute="default"):
+    """The process ids of a profile's n daemons, by a task held on each."""
+    with Gate() as gate:
+        held = [mirai.mirai(gate.enter, i, _compute=compute) for i in range(n)]
+        found = {gate.arrived()[1] for _ in range(n)}
+        gate.open()
+        call_mirai(held)
+    return found
+
+
+def _at_once(n, f):
+    """Calls f(0) … f(n - 1) in n threads that begin together; their values, or the first error."""
+    barrier = threading.Barrier(n)
+
+    def run(i):
+        barrier.wait(LONG)
+        return f(i)
+
+    with concurrent.futures.ThreadPoolExecutor(n) as pool:
+        return list(pool.map(run, range(n)))
+
+
+def _is_waited_for(m):
+    """Whether somebody waits for `m` as `concurrent.futures` and asyncio do."""
+    return bool(vars(m).get("_waiters") or vars(m).get("_done_callbacks"))
+
+
+def _threads_that_wait():
+    """How many threads are inside a wait of mirai.py."""
+    def waits(frame):
+        while frame is not None and not (frame.f_code.co_filename == mirai.__file__ and frame.f_code.co_name == "wait_for"):
+            frame = frame.f_back
+        return frame is not None
+
+    return sum(map(waits, sys._current_frames().values()))
+
+
+def _raise(error):
+    raise error
+
+
+def _say_and_sleep(address, seconds=60):
+    """Says at a gate that it runs, and sleeps."""
+    with socket.create_connection(address) as sock:
+        sock.sendall(json.dumps([None, os.getpid()]).encode() + b"\n")
+        time.sleep(seconds)
+
+
+def _spin(seconds):
+    """Keeps Python busy: interrupts reach it, and nothing else."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def _end_process(how):
+    """Ends the process it runs in: by a signal, or by an exit."""
+    if how == "segfault":
+        faulthandler.disable()
+        import ctypes
+        ctypes.string_at(0)
+        os.kill(os.getpid(), signal.SIGSEGV)        # where the line above is an error instead
+    elif how == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "os._exit":
+        os._exit(3)
+    elif how == "quit":
+        quit()
+    raise AssertionError(f"still alive after {how}")
+
+
+HOW_IT_SHOWS = {"SIGKILL": "SIGKILL", "segfault": "SIGSEGV", "os._exit": "exited with status 3", "quit": "exited with status 0"}
+
+
+# -- 11. Mirai
+
+
+class TestMirai(Case):
+    def test_a_stock_future_has_exactly_the_attributes_that_a_mirai_stands_in_for(self):
+        stock = set(vars(concurrent.futures.Future()))
+        self.assertEqual(stock, {"_condition", "_state", "_result", "_exception", "_waiters", "_done_callbacks"})
+        with daemons(1):
+            m = mirai.mirai(abs, -1)
+            with m._condition:
+                pass
+            self.assertEqual((m._state in ("PENDING", "FINISHED"), m._waiters, m._done_callbacks), (True, [], []))
+            with self.assertRaises(AttributeError):
+                m._no_such_attribute
+            self.assertEqual(m.result(LONG), 1)
+            self.assertEqual(m._state, "FINISHED")
+
+    def test_its_states_are_those_that_the_standard_library_looks_for(self):
+        base = concurrent.futures._base
+        self.assertEqual((base.PENDING, base.FINISHED, base.CANCELLED_AND_NOTIFIED),
+                         ("PENDING", "FINISHED", "CANCELLED_AND_NOTIFIED"))
+
+    def test_wait_and_as_completed_see_what_resolved_before(self):
+        with daemons(1):
+            value, error = mirai.mirai(abs, -1), mirai.mirai(_raise, ValueError())
+            cancelled = mirai.mirai(time.sleep, LONG)
+            call_mirai([value, error])
+            self.assertTrue(cancelled.cancel())
+            ms = {value, error, cancelled}
+            self.assertEqual(set(concurrent.futures.as_completed(ms, LONG)), ms)
+            self.assertEqual(concurrent.futures.wait(ms, LONG).done, ms)
+            self.assertEqual(cancelled._state, "CANCELLED_AND_NOTIFIED")
+
+    def test_wait_and_as_completed_see_what_resolves_meanwhile(self):
+        for wait in (lambda ms: concurrent.futures.wait(ms, LONG).done, lambda ms: set(concurrent.futures.as_completed(ms, LONG))):
+            with Gate() as gate, concurrent.futures.ThreadPoolExecutor(1) as pool, daemons(1):
+                held, failing, cancelled = mirai.mirai(gate.enter, 1), mirai.mirai(_raise, ValueError()), mirai.mirai(abs, -1)
+                ms = {held, failing, cancelled}
+                gate.arrived()
+                seen = pool.submit(wait, ms)
+                wait_until(lambda: all(map(_is_waited_for, ms)))
+                self.assertTrue(cancelled.cancel())
+                gate.open()
+                self.assertEqual(seen.result(LONG), ms)
+
+    def test_wait_and_as_completed_that_gave_up_leave_it_to_resolve_after(self):
+        with Gate() as gate, daemons(1):
+            m = mirai.mirai(gate.enter, 1)
+            gate.arrived()
+            self.assertEqual(concurrent.futures.wait([m], 0).not_done, {m})
+            with self.assertRaises(concurrent.futures.TimeoutError):
+                list(concurrent.futures.as_completed([m], 0))
+            gate.open()
+            self.assertEqual(m.result(LONG), 1)
+            self.assertEqual(concurrent.futures.wait([m], 0).done, {m})
+
+    def test_wait_returns_at_the_first_completed_and_at_the_first_exception(self):
+        with Gate() as gate, daemons(2):
+            held, quick = mirai.mirai(gate.enter, 1), mirai.mirai(abs, -1)
+            self.assertEqual(concurrent.futures.wait([held, quick], LONG, "FIRST_COMPLETED").done, {quick})
+            failing, start = mirai.mirai(_raise, ValueError()), time.monotonic()
+            self.assertEqual(concurrent.futures.wait([held, failing], 5, "FIRST_EXCEPTION").done, {failing})
+            self.assertLess(time.monotonic() - start, 5, "the exception did not end the wait")
+
+    def test_callbacks_run_once_for_what_resolved_before_and_for_what_resolves_after(self):
+        with Gate() as gate, daemons(1):
+            m, seen = mirai.mirai(gate.enter, 1), []
+            gate.arrived()
+            m.add_done_callback(seen.append)
+            gate.open()
+            wait_until(lambda: seen)
+            m.add_done_callback(seen.append)
+            self.assertEqual(seen, [m, m])
+
+    def test_callbacks_run_for_a_cancelled_one_and_for_one_that_timed_out(self):
+        with Gate() as gate, daemons(1):
+            seen = []
+            mirai.mirai(gate.enter)
+            gate.arrived()
+            cancelled, late = mirai.mirai(abs, -1), mirai.mirai(abs, -1, _timeout=0.01)
+            for m in (cancelled, late):
+                m.add_done_callback(seen.append)
+            cancelled.cancel()
+            wait_until(lambda: len(seen) == 2)
+            self.assertEqual({m.id for m in seen}, {cancelled.id, late.id})
+
+    def test_wrap_future_works_before_during_and_after_it_resolves(self):
+        async def main(gate):
+            loop = asyncio.get_running_loop()
+            before = mirai.mirai(abs, -1)
+            before.result(LONG)
+            self.assertEqual(await asyncio.wrap_future(before), 1)
+            m = mirai.mirai(gate.enter, 2)
+            wrapped = asyncio.wrap_future(m)
+            await loop.run_in_executor(None, gate.arrived)
+            self.assertFalse(wrapped.done())
+            gate.open()
+            self.assertEqual(await wrapped, 2)
+            self.assertEqual(await asyncio.wrap_future(m), 2)
+            with self.assertRaises(ValueError):
+                await asyncio.wrap_future(mirai.mirai(_raise, ValueError()))
+
+        with Gate() as gate, daemons(1):
+            asyncio.run(asyncio.wait_for(main(gate), LONG))
+
+    def test_a_value_comes_by_every_door(self):
+        with Gate() as gate, daemons(1):
+            m = mirai.mirai(gate.enter, 7)
+            gate.arrived()
+            self.assertIs(m.data, mirai.UNRESOLVED)
+            self.assertFalse(m.data)
+            self.assertEqual(repr(m.data), "<unresolved>")
+            self.assertEqual(repr(m), f"<mirai {m.id}: unresolved>")
+            self.assertFalse(m.done() or m.cancelled())
+            gate.open()
+            self.assertEqual((m.result(LONG), m.result(), m[:], m.data, m.exception()), (7, 7, 7, 7, None))
+            self.assertEqual(repr(m), f"<mirai {m.id}: resolved>")
+            self.assertTrue(m.done())
+            self.assertFalse(m.cancelled() or m.cancel())
+            self.assertIsInstance(m, concurrent.futures.Future)
+
+    def test_ids_grow(self):
+        with daemons(1):
+            ids = [mirai.mirai(abs, i).id for i in range(5)]
+        self.assertEqual(ids, sorted(set(ids)))
+
+    def test_it_is_not_iterable_and_has_no_items_but_all(self):
+        with daemons(1):
+            m = mirai.mirai(abs, -1)
+            for wrong in (iter, list, lambda m: m[0], lambda m: m[1:], lambda m: m["x"], lambda m: 1 in m):
+                with self.assertRaises(TypeError):
+                    wrong(m)
+
+    def test_a_wait_that_times_out_leaves_the_mirai_alive(self):
+        with Gate() as gate, daemons(1):
+            m = mirai.mirai(gate.enter, 1)
+            gate.arrived()
+            for wait in (m.result, m.exception):
+                for timeout in (0, 0.01):
+                    with self.assertRaises(concurrent.futures.TimeoutError) as caught:
+                        wait(timeout)
+                    self.assertNotIsInstance(caught.exception, MiraiTimeout)
+            gate.open()
+            self.assertEqual(m.result(LONG), 1)
+
+    def test_the_tasks_own_exception_is_raised_from_a_mirai_error_with_the_daemons_traceback(self):
+        with daemons(1):
+            m = mirai.mirai(_raise, KeyError("gone"))
+            with self.assertRaises(KeyError) as caught:
+                m.result(LONG)
+            self.assertEqual(caught.exception.args, ("gone",))
+            cause = caught.exception.__cause__
+            self.assertIs(cause, m.data)
+            self.assertIs(type(cause), MiraiError)
+            self.assertEqual((cause.code, cause.condition_class[0]), (1000, "KeyError"))
+            self.assertIn("in _raise", cause.stack_trace)
+            self.assertIn("in _raise", str(cause))
+            self.assertIsInstance(m.exception(), KeyError)
+            self.assertIs(m.exception().__cause__, cause)
+            self.assertIs(m[:], cause)
+
+    def test_an_exception_is_raised_anew_each_time_without_growing_a_traceback(self):
+        def depth(m):
+            try:
+                m.result(LONG)
+            except ValueError as error:
+                trace, frames = error.__traceback__, 0
+                while trace is not None:
+                    trace, frames = trace.tb_next, frames + 1
+                return frames
+
+        with daemons(1):
+            m = mirai.mirai(_raise, ValueError())
+            self.assertEqual(depth(m), [depth(m) for _ in range(5)][-1])
+
+    def test_what_is_no_exception_and_stop_iteration_is_raised_as_mirai_error(self):
+        with daemons(1):
+            for error, kind in ((StopIteration(3), MiraiError), (SystemExit(3), MiraiError), (GeneratorExit(), MiraiError),
+                                (KeyboardInterrupt(), MiraiInterrupt)):
+                m = mirai.mirai(_raise, error)
+                with self.assertRaises(MiraiError) as caught:
+                    m.result(LONG)
+                self.assertIs(type(caught.exception), kind)
+                self.assertEqual(caught.exception.condition_class[0], type(error).__name__)
+                self.assertIs(m.data, caught.exception)
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_what_is_no_exception_ends_no_event_loop_and_hangs_none(self):
+        async def main():
+            for error in (StopIteration(3), SystemExit(3), KeyboardInterrupt()):
+                with self.assertRaises(MiraiError):
+                    await mirai.mirai(_raise, error)
+                with self.assertRaises(MiraiError):
+                    await asyncio.wrap_future(mirai.mirai(_raise, error))
+
+        with daemons(1):
+            asyncio.run(asyncio.wait_for(main(), LONG))
+
+    def test_await_gives_the_value_or_raises_what_the_task_raised(self):
+        async def main():
+            self.assertEqual(await mirai.mirai(abs, -3), 3)
+            m = mirai.mirai(_raise, ValueError("no"))
+            with self.assertRaises(ValueError) as caught:
+                await m
+            self.assertIs(type(caught.exception.__cause__), MiraiError)
+            with self.assertRaises(ValueError):
+                await m
+
+        with daemons(1):
+            asyncio.run(asyncio.wait_for(main(), LONG))
+
+    def test_await_of_a_cancelled_one_raises_mirai_cancelled_and_leaves_the_waiting_task_alone(self):
+        async def main(gate):
+            m = mirai.mirai(gate.enter)
+            waiting = asyncio.ensure_future(m)
+            await asyncio.get_running_loop().run_in_executor(None, gate.arrived)
+            m.cancel()
+            with self.assertRaises(MiraiCancelled):
+                await waiting
+            self.assertFalse(waiting.cancelled())
+            with self.assertRaises(MiraiCancelled):
+                await m
+
+        with Gate() as gate, daemons(1):
+            asyncio.run(asyncio.wait_for(main(gate), LONG))
+
+    def test_cancelling_the_awaiting_task_cancels_the_mirai_and_frees_its_daemon(self):
+        async def main(gate):
+            m = mirai.mirai(_say_and_sleep, gate.address)
+            waiting = asyncio.ensure_future(m)
+            await asyncio.get_running_loop().run_in_executor(None, gate.arrived)
+            waiting.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await waiting
+            self.assertTrue(m.cancelled())
+            self.assertEqual(await mirai.mirai(abs, -1), 1)
+
+        with Gate() as gate, daemons(1):
+            asyncio.run(asyncio.wait_for(main(gate), LONG))
+
+    def test_wait_for_times_out_and_cancels_the_mirai(self):
+        async def main(gate):
+            m = mirai.mirai(gate.enter)
+            with self.assertRaises(asyncio.TimeoutError):
+                await asyncio.wait_for(m, 0.02)
+            self.assertTrue(m.cancelled())
+
+        with Gate() as gate, daemons(1):
+            asyncio.run(asyncio.wait_for(main(gate), LONG))
+
+    def test_a_mirai_timeout_is_a_timeout_error_of_every_kind(self):
+        script = """
+            import asyncio, concurrent.futures, mirai
+            mirai.daemons(1)
+
+            async def main(m):
+                try:
+                    await m
+                except asyncio.TimeoutError as error:
+                    return type(error).__name__
+
+            {prelude}
+            m = mirai.mirai("import time; time.sleep(60)", _timeout=0.02)
+            {wait}
+            print(asyncio.run(main(m)), isinstance(m[:], TimeoutError), isinstance(m[:], concurrent.futures.TimeoutError))
+            """
+        for wait in ("pass", "m[:]"):       # resolved while awaited, and before: a fresh interpreter for each
+            done = run_python(script.format(prelude="", wait=wait))
+            self.assertEqual(done.stdout.strip(), "MiraiTimeout True True", f"{wait}: {done.stderr}")
+
+    def test_gather_takes_a_thousand(self):
+        async def main():
+            return await asyncio.gather(*[mirai.mirai(abs, -i) for i in range(1000)])
+
+        with daemons(2):
+            self.assertEqual(asyncio.run(asyncio.wait_for(main(), LONG)), list(range(1000)))
+
+    def test_many_coroutines_may_await_one_mirai(self):
+        async def main(gate):
+            m = mirai.mirai(gate.enter, 5)
+            waiting = [asyncio.ensure_future(m) for _ in range(20)]
+            await asyncio.get_running_loop().run_in_executor(None, gate.arrived)
+            gate.open()
+            return await asyncio.gather(*waiting)
+
+        with Gate() as gate, daemons(1):
+            self.assertEqual(asyncio.run(asyncio.wait_for(main(gate), LONG)), [5] * 20)
+
+    def test_event_loops_in_several_threads_get_their_own_answers(self):
+        async def main(i):
+            return await asyncio.gather(*[mirai.mirai(abs, -1000 * i - k) for k in range(100)])
+
+        with daemons(2):
+            found = _at_once(4, lambda i: asyncio.run(asyncio.wait_for(main(i), LONG)))
+        self.assertEqual(found, [[1000 * i + k for k in range(100)] for i in range(4)])
+
+    def test_an_event_loop_beside_waiting_threads_gets_its_answers(self):
+        async def main():
+            return [await mirai.mirai(abs, -k) for k in range(100)]
+
+        def work(i):
+            return asyncio.run(asyncio.wait_for(main(), LONG)) if i == 0 else [
+                mirai.mirai(abs, -k).result(LONG) for k in range(100)]
+
+        with daemons(2):
+            self.assertEqual(_at_once(4, work), [list(range(100))] * 4)
+
+    def test_a_loop_that_ended_while_it_waited_harms_nobody(self):
+        async def give_up(m):
+            waiting = asyncio.ensure_future(m)
+            await asyncio.sleep(0)
+            del waiting
+
+        with Gate() as gate, daemons(1):
+            m = mirai.mirai(gate.enter, 1)
+            gate.arrived()
+            asyncio.run(give_up(m))
+            gate.open()
+            self.assertTrue(m.cancelled() or m.result(LONG) == 1)
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_a_callback_that_waits_for_another_mirai_makes_progress(self):
+        found = []
+        with daemons(1):
+            m = mirai.mirai(abs, -1)
+            m.add_done_callback(lambda m: found.append(mirai.mirai(abs, -2).result(LONG)))
+            wait_until(lambda: found == [2])
+
+    def test_a_blocked_callback_holds_up_no_result(self):
+        blocked, release = threading.Event(), threading.Event()
+
+        def block(_):
+            blocked.set()
+            release.wait(LONG)
+
+        async def main():
+            return await mirai.mirai(abs, -3)
+
+        with daemons(1):
+            try:
+                with Gate() as gate:
+                    m = mirai.mirai(gate.enter)
+                    m.add_done_callback(block)
+                    gate.arrived()
+                    gate.open()
+                    self.assertTrue(blocked.wait(LONG))
+                self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+                self.assertEqual(list(concurrent.futures.as_completed([mirai.mirai(abs, -2)], 10))[0].result(), 2)
+                self.assertEqual(asyncio.run(asyncio.wait_for(main(), 10)), 3)
+                late = mirai.mirai(time.sleep, LONG, _timeout=0.01)
+                wait_until(late.done, 10)
+            finally:
+                release.set()
+
+    def test_an_exception_in_a_callback_is_logged_and_costs_no_other_callback(self):
+        with Gate() as gate, daemons(1):
+            seen, m = [], mirai.mirai(gate.enter)
+            gate.arrived()
+            m.add_done_callback(lambda _: _raise(ValueError("in a callback")))
+            m.add_done_callback(seen.append)
+            with self.assertLogs("concurrent.futures", "ERROR") as logged:
+                gate.open()
+                wait_until(lambda: seen)
+            self.assertIn("in a callback", "".join(logged.output))
+            other = mirai.mirai(gate.enter)
+            other.add_done_callback(seen.append)
+            gate.arrived()
+            gate.open()
+            wait_until(lambda: len(seen) == 2)
+
+    def test_a_callback_that_exits_costs_no_other_callback(self):
+        done = run_python("""
+            import sys, threading, mirai
+            mirai.daemons(1)
+            for kind in (SystemExit, KeyboardInterrupt, ValueError):
+                def strike(_):
+                    raise kind("a callback's own")
+                seen = threading.Event()
+                for callback in (strike, lambda _: seen.set()):
+                    m = mirai.mirai("import time; time.sleep(0.05)")
+                    m.add_done_callback(callback)
+                print(seen.wait(5))
+            """)
+        self.assertEqual(done.stdout.split(), ["True"] * 3, done.stderr)
+
+    @unittest.skipIf(PYPY, "PyPy has no tracemalloc")
+    def test_a_queued_task_takes_at_most_a_kilobyte_of_the_host_over_its_payload(self):
+        import tracemalloc
+        n = 20_000
+        with Gate() as gate, daemons(1):
+            mirai.mirai(gate.enter)
+            gate.arrived()
+            mirai.mirai(abs, -1)
+            gc.collect()
+            tracemalloc.start()
+            try:
+                before = tracemalloc.get_traced_memory()[0]
+                ms = [mirai.mirai(abs, -1) for _ in range(n)]
+                each = (tracemalloc.get_traced_memory()[0] - before) / n
+            finally:
+                tracemalloc.stop()
+            self.assertEqual(unresolved(ms), n)
+            self.assertLessEqual(each, 1024, f"{each:.0f} bytes a task")
+
+
+# -- 12. Link
+
+
+CANCELS = 10_000 if os.environ.get("MIRAI_LONG") else 1_500
+
+
+class TestLink(Case):
+    def test_eight_threads_submitting_and_waiting_at_once_each_get_their_own_answers(self):
+        def work(i):
+            one_by_one = [mirai.mirai(abs, -1000 * i - k).result(LONG) for k in range(50)]
+            return one_by_one + [m.result(LONG) for m in [mirai.mirai(abs, -1000 * i - k) for k in range(50, 250)]]
+
+        with daemons(2):
+            self.assertEqual(_at_once(8, work), [[1000 * i + k for k in range(250)] for i in range(8)])
+
+    def test_sixty_four_threads_may_wait(self):
+        with Gate() as gate, daemons(2):
+            held = [mirai.mirai(gate.enter, i) for i in range(2)]
+            queued = [mirai.mirai(abs, -i) for i in range(2, 64)]
+            gate.arrived(), gate.arrived()
+            with concurrent.futures.ThreadPoolExecutor(64) as pool:
+                waiting = [pool.submit(m.result, LONG) for m in held + queued]
+                wait_until(lambda: _threads_that_wait() == 64)
+                gate.open()
+                self.assertEqual([w.result(LONG) for w in waiting], list(range(64)))
+
+    def test_many_threads_may_wait_for_one(self):
+        with Gate() as gate, daemons(1):
+            m = mirai.mirai(gate.enter, 9)
+            gate.arrived()
+            with concurrent.futures.ThreadPoolExecutor(16) as pool:
+                waiting = [pool.submit(m.result, LONG) for _ in range(16)]
+                wait_until(lambda: _threads_that_wait() == 16)
+                gate.open()
+                self.assertEqual([w.result(LONG) for w in waiting], [9] * 16)
+
+    def test_a_waiter_that_gives_up_hands_the_reading_on(self):
+        with Gate() as gate, concurrent.futures.ThreadPoolExecutor(1) as pool, daemons(1):
+            m = mirai.mirai(gate.enter, 1)
+            gate.arrived()
+            for _ in range(3):
+                with self.assertRaises(concurrent.futures.TimeoutError):
+                    m.result(0.01)
+            waiting = pool.submit(m.result, LONG)
+            with self.assertRaises(concurrent.futures.TimeoutError):
+                m.result(0.05)
+            gate.open()
+            self.assertEqual(waiting.result(LONG), 1)
+
+    def test_ctrl_c_interrupts_the_wait_and_nothing_else(self):
+        with tempfile.TemporaryDirectory() as folder:
+            fifo = os.path.join(folder, "gate")
+            os.mkfifo(fifo)
+            with Host(f"""
+                import os, mirai
+                mirai.daemons(1)
+                m = mirai.mirai("open(path).read(), os.getpid()", path={fifo!r}, os=os)
+                pid = mirai.mirai(os.getpid)
+                for wait in (m.result, lambda: m[:], lambda: mirai.call_mirai([m]), lambda: mirai.race_mirai([m])):
+                    print("waiting")
+                    try:
+                        wait()
+                    except KeyboardInterrupt:
+                        print("interrupted", m.done())
+                text, pid = m.result()
+                print(text, pid == mirai.mirai(os.getpid).result(), mirai.info().cumulative)
+                """, start_new_session=True) as host:
+                for _ in range(4):
+                    self.assertEqual(host.line(), "waiting")
+                    with open(f"/proc/{host.pid}/stat") as stat:        # the interrupt is to find it in its wait
+                        wait_until(lambda: stat.seek(0) == 0 and stat.read().rpartition(")")[2].split()[0] == "S")
+                    os.killpg(host.pid, signal.SIGINT)                  # as a terminal does
+                    self.assertEqual(host.line(), "interrupted False")
+                with open(fifo, "w") as file:
+                    file.write("kept")
+                self.assertEqual(host.line(), "kept True 1")
+
+    def _strike(self, others):
+        """A host whose main thread is interrupted every millisecond or so while it submits and waits."""
+        return run_python("""
+            import faulthandler, os, random, signal, sys, threading, time
+            import mirai
+            mirai.daemons(2)
+            others, strikes, armed, kept, wrong = int(sys.argv[1]), 0, False, [], []
+
+            def strike(*_):
+                global strikes, armed
+                if armed:                       # once: it must not strike while the last is being caught
+                    armed = False
+                    strikes += 1
+                    raise KeyboardInterrupt
+
+            def work():
+                i = len(kept) + 1
+                for _ in range(random.randrange(1, 4)):
+                    m = mirai.mirai(abs, -i)
+                    kept.append((i, m))
+                random.choice((m.result, lambda: m[:], lambda: m.result(1), lambda: mirai.unresolved(m)))()
+
+            def beside():
+                i = 0
+                while not over:
+                    i += 1
+                    found = mirai.mirai(abs, -i).result()
+                    if found != i:
+                        wrong.append((found, i))
+
+            over = False
+            threads = [threading.Thread(target=beside, daemon=True) for _ in range(others)]
+            for thread in threads:
+                thread.start()
+            random.seed(1)
+            faulthandler.dump_traceback_later(25, exit=True)
+            signal.signal(signal.SIGALRM, strike)
+            signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0013)
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                try:
+                    armed = True
+                    work()
+                    armed = False
+                except KeyboardInterrupt:
+                    pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            armed, over = False, True
+            deadline = time.monotonic() + 10
+            try:
+                for i, m in kept:
+                    if m.result(max(0, deadline - time.monotonic())) != i:
+                        wrong.append((m.result(), i))
+                for thread in threads:
+                    thread.join(max(0, deadline - time.monotonic()))
+                alive = sum(thread.is_alive() for thread in threads)
+                after = mirai.mirai(abs, -5).result(max(0.1, deadline - time.monotonic()))
+                info = mirai.info()
+            except BaseException as error:
+                print(repr(error), sum(not m.done() for _, m in kept), "of", len(kept), "unresolved", flush=True)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)
+            print(strikes > 50, len(kept) > 50, wrong[:3], alive, after, info.awaiting + info.executing, info.cumulative, flush=True)
+            """, str(others), timeout=30)
+
+    def test_a_storm_of_interrupts_loses_nothing(self):
+        done = self._strike(0)
+        self.assertEqual(done.stdout.strip(), "True True [] 0 5 0 2", done.stderr)
+
+    def test_a_storm_of_interrupts_beside_other_threads_loses_nothing(self):
+        done = self._strike(2)
+        self.assertEqual(done.stdout.strip(), "True True [] 0 5 0 2", done.stderr)
+
+    def test_a_timeout_counts_from_the_call_and_such_a_task_never_runs(self):
+        with tempfile.TemporaryDirectory() as folder, Gate() as gate, daemons(1):
+            trace = os.path.join(folder, "trace")
+            mirai.mirai(gate.enter)
+            gate.arrived()
+            late = mirai.mirai("open(path, 'w').close()", path=trace, _timeout=0.02)
+            self.assertIsInstance(late[:], MiraiTimeout)
+            self.assertEqual(late.data.code, 5)
+            with self.assertRaises(TimeoutError):
+                late.result()
+            gate.open()
+            mirai.mirai(abs, -1).result(LONG)
+            self.assertFalse(os.path.exists(trace))
+
+    def test_a_timeout_interrupts_the_running_task(self):
+        with daemons(1):
+            pid = mirai.mirai(os.getpid).result(LONG)
+            for f in (time.sleep, _spin):
+                self.assertIsInstance(mirai.mirai(f, LONG, _timeout=0.05)[:], MiraiTimeout)
+                self.assertEqual(mirai.mirai(os.getpid).result(10), pid)
+
+    def test_a_timeout_fires_while_another_thread_waits(self):
+        with Gate() as gate, concurrent.futures.ThreadPoolExecutor(1) as pool, daemons(1):
+            held = mirai.mirai(gate.enter, 1)
+            gate.arrived()
+            waiting = pool.submit(held.result, LONG)
+            late = mirai.mirai(abs, -1, _timeout=0.02)
+            wait_until(late.done, 5)
+            self.assertIsInstance(late.data, MiraiTimeout)
+            gate.open()
+            self.assertEqual(waiting.result(LONG), 1)
+
+    def test_a_timeout_fires_while_nobody_waits(self):
+        with Gate() as gate, daemons(1):
+            mirai.mirai(gate.enter)
+            gate.arrived()
+            late = [mirai.mirai(abs, -1, _timeout=t) for t in (0.06, 0.02, 0.04, 0)]
+            wait_until(lambda: all(m.done() for m in late), 5)
+            self.assertTrue(all(isinstance(m.data, MiraiTimeout) for m in late))
+
+    def test_a_timeout_fires_under_whoever_waits_for_it_by_other_means(self):
+        async def main():
+            with self.assertRaises(MiraiTimeout):
+                await mirai.mirai(abs, -1, _timeout=0.02)
+
+        with Gate() as gate, daemons(1):
+            seen = []
+            mirai.mirai(gate.enter)
+            gate.arrived()
+            late = mirai.mirai(abs, -1, _timeout=0.02)
+            late.add_done_callback(seen.append)
+            wait_until(lambda: seen, 5)
+            late = mirai.mirai(abs, -1, _timeout=0.02)
+            self.assertEqual(list(concurrent.futures.as_completed([late], 5)), [late])
+            late = mirai.mirai(abs, -1, _timeout=0.02)
+            self.assertIsInstance(late[:], MiraiTimeout)
+            asyncio.run(asyncio.wait_for(main(), 5))
+
+    def test_a_timeout_that_does_not_pass_changes_nothing(self):
+        with daemons(1):
+            self.assertEqual([mirai.mirai(abs, -i, _timeout=LONG).result(LONG) for i in range(20)], list(range(20)))
+
+    def test_cancels_at_random_moments_cost_no_daemon_and_no_other_task(self):
+        chance = random.Random(20)
+        with daemons(2):
+            pids = _pids(2)
+            others, running = [], collections.deque()
+            for i in range(CANCELS):
+                running.append(mirai.mirai(chance.choice((time.sleep, _spin)), chance.choice((0.0005, 0.005, LONG))))
+                if i % 3 == 0:
+                    others.append((i, mirai.mirai(abs, -i)))
+                time.sleep(chance.choice((0, 0, 0.0003, 0.001)))      # the random moment; nothing is awaited by it
+                while len(running) > chance.randrange(3):
+                    running.popleft().cancel()
+            stop_mirai(list(running))
+            for i, m in others:
+                self.assertEqual(m.result(LONG), i)
+            self.assertEqual(_pids(2), pids)
+            self.assertEqual(info().cumulative, 2)
+
+    def test_a_cancelled_sleep_frees_its_daemon_within_five_milliseconds_in_the_median(self):
+        took = []
+        with Gate() as gate, daemons(1):
+            for _ in range(40):
+                m = mirai.mirai(_say_and_sleep, gate.address)
+                gate.arrived()
+                start = time.perf_counter()
+                m.cancel()
+                self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+                took.append(time.perf_counter() - start)
+        median = statistics.median(took) * 1000
+        print(f"(median {median:.2f} ms) ", end="", file=sys.stderr)
+        self.assertLessEqual(median, 5.0, f"median of 40: {median:.2f} ms")
+
+    def test_an_interrupt_that_falls_right_before_a_blocking_call_is_not_lost(self):
+        def sleep_just_when_it_came(address):
+            import ctypes
+            import operator
+            libc, sigint = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+            libc.sigaddset(sigint, signal.SIGINT)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                with socket.create_connection(address) as sock:
+                    sock.sendall(b"[0, 0]\n")
+                    while signal.SIGINT not in signal.sigpending():
+                        pass
+                # in C from the signal's arrival into the sleep: nothing looks for it in between
+                steps = [functools.partial(libc.pthread_sigmask, signal.SIG_UNBLOCK, sigint, None), functools.partial(time.sleep, 60)]
+                list(map(operator.methodcaller("__call__"), steps))
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+        with Gate() as gate, daemons(1):
+            m = mirai.mirai(sleep_just_when_it_came, gate.address)
+            gate.arrived()
+            self.assertTrue(m.cancel())
+            self.assertEqual(mirai.mirai(abs, -1).result(5), 1)
+
+    def test_a_cancelled_task_that_waits_never_runs(self):
+        with tempfile.TemporaryDirectory() as folder, Gate() as gate, daemons(1):
+            trace = os.path.join(folder, "trace")
+            mirai.mirai(gate.enter)
+            gate.arrived()
+            m = mirai.mirai("open(path, 'w').close()", path=trace)
+            self.assertTrue(m.cancel())
+            self.assertFalse(m.cancel())
+            self.assertTrue(m.cancelled())
+            self.assertIsInstance(m.data, MiraiCancelled)
+            self.assertEqual(m.data.code, 20)
+            with self.assertRaises(concurrent.futures.CancelledError):
+                m.result()
+            with self.assertRaises(MiraiCancelled):
+                m.exception()
+            gate.open()
+            mirai.mirai(abs, -1).result(LONG)
+            self.assertFalse(os.path.exists(trace))
+
+    def test_a_cancel_wakes_the_thread_that_waits(self):
+        with Gate() as gate, concurrent.futures.ThreadPoolExecutor(2) as pool, daemons(1):
+            m = mirai.mirai(gate.enter)
+            gate.arrived()
+            waiting = [pool.submit(m.exception, LONG), pool.submit(lambda: m[:])]
+            wait_until(lambda: _threads_that_wait() == 2)
+            m.cancel()
+            with self.assertRaises(MiraiCancelled):
+                waiting[0].result(5)
+            self.assertIsInstance(waiting[1].result(5), MiraiCancelled)
+
+    def test_results_that_nobody_waits_for_are_taken(self):
+        with daemons(1):
+            ms = [mirai.mirai(bytes, 100_000) for _ in range(50)]
+            wait_until(lambda: info().completed == 50, 10)
+            self.assertEqual(unresolved(ms), 0)
+
+    def test_large_payloads_go_both_ways(self):
+        data = os.urandom(1 << 20) * 64
+        with daemons(1):
+            there, back = mirai.mirai(lambda data: (len(data), data), data).result(LONG)
+            self.assertEqual(there, len(data))
+            self.assertTrue(back == data, "64 MB came back changed")
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_large_payloads_at_once_from_several_threads_arrive(self):
+        def work(i):
+            data = bytes([i]) * (3_000_000 + i)
+            return all(mirai.mirai(lambda data: data, data).result(LONG) == data for _ in range(4))
+
+        with daemons(2):
+            self.assertEqual(_at_once(4, work), [True] * 4)
+
+    def test_a_killed_dispatcher_is_a_19_for_all_that_is_unresolved_and_the_next_call_says_so(self):
+        with Gate() as gate, concurrent.futures.ThreadPoolExecutor(3) as pool, daemons(2):
+            done = mirai.mirai(abs, -1)
+            self.assertEqual(done.result(LONG), 1)
+            ms = [mirai.mirai(gate.enter, i) for i in range(2)] + [mirai.mirai(abs, -i) for i in range(100)]
+            gate.arrived(), gate.arrived()
+            pids = [p for p in family_of(nursery_pid()) if is_alive(p)]
+            waiting = [pool.submit(lambda: ms[0][:]), pool.submit(lambda: list(concurrent.futures.as_completed(ms, LONG)))]
+            seen = []
+            ms[5].add_done_callback(seen.append)
+            wait_until(lambda: all(map(_is_waited_for, ms)))
+            os.kill(dispatcher_pid(), signal.SIGKILL)
+            wait_until(lambda: unresolved(ms) == 0, 2, "every mirai's end")
+            for m in ms:
+                self.assertIs(type(m.data), MiraiConnectionReset)
+                self.assertEqual(m.data.code, 19)
+                self.assertIn("dispatcher", str(m.data))
+                self.assertIn("SIGKILL", str(m.data))
+            self.assertIsInstance(waiting[0].result(5), MiraiConnectionReset)
+            self.assertEqual(len(waiting[1].result(5)), 102)
+            wait_until(lambda: seen == [ms[5]], 5)
+            self.assertEqual(done.data, 1)
+            with self.assertRaises(MiraiConnectionReset) as caught:
+                mirai.mirai(abs, -1)
+            self.assertIn("dispatcher", str(caught.exception))
+            with self.assertRaises(ConnectionResetError):
+                mirai_map([1], abs)
+            self.assertEqual(info().connections, 0)
+            daemons(1)
+            self.assertEqual(mirai.mirai(abs, -2).result(LONG), 2)
+            wait_until(lambda: not any(map(is_alive, pids)), 2, "the end of the old dispatcher's daemons")
+
+    def test_a_dispatcher_that_is_stopped_for_a_second_is_slow_and_loses_nothing(self):
+        with daemons(2):
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+            pid = dispatcher_pid()
+            os.kill(pid, signal.SIGSTOP)
+            resume = threading.Timer(1.0, os.kill, (pid, signal.SIGCONT))       # the second is the subject
+            try:
+                ms = [mirai.mirai(abs, -i) for i in range(100)]
+                cancelled = mirai.mirai(time.sleep, LONG)
+                self.assertTrue(cancelled.cancel())
+                self.assertFalse(any(m.done() for m in ms))
+                resume.start()
+                large = mirai.mirai(len, bytes(8 << 20))        # more than sockets hold: waits to be sent
+                self.assertEqual([m.result(LONG) for m in ms], list(range(100)))
+                self.assertEqual(large.result(LONG), 8 << 20)
+                self.assertTrue(cancelled.cancelled())
+                self.assertEqual((info().connections, info().cumulative), (2, 2))
+            finally:
+                resume.cancel()
+                os.kill(pid, signal.SIGCONT)
+                resume.join() if resume.ident else None
+
+    def test_a_forked_child_sees_no_daemons_and_leaves_its_parents_alone(self):
+        with tempfile.TemporaryDirectory() as folder:
+            fifo = os.path.join(folder, "gate")
+            os.mkfifo(fifo)
+            with Host(f"""
+                import os, traceback, warnings
+                warnings.simplefilter("ignore")
+                import mirai
+                mirai.daemons(1)
+                m = mirai.mirai("open(path).read()", path={fifo!r})
+                pid = os.fork()
+                if pid == 0:
+                    status = 1
+                    try:
+                        assert not mirai.daemons_set() and mirai.info() is None
+                        assert mirai.status()["connections"] == 0
+                        assert isinstance(m.data, mirai.MiraiConnectionReset) and "forked" in str(m.data), m.data
+                        assert mirai.mirai(abs, -1).result(30) == 1
+                        with mirai.daemons(1):
+                            assert mirai.mirai(abs, -2).result(30) == 2
+                            print(mirai.mirai(os.getppid).result(30), flush=True)     # the child's own nursery
+                        status = 0
+                    except BaseException:
+                        print(traceback.format_exc().splitlines()[-1], flush=True)
+                    finally:
+                        os._exit(status)
+                print(os.waitpid(pid, 0)[1])
+                print(m.result(), mirai.mirai(abs, -3).result(30), mirai.info().cumulative)
+                """) as host:
+                childs = int(host.line())
+                self.assertEqual(host.line(), "0")
+                wait_until(lambda: not is_alive(childs), 2, "the end of the child's nursery")
+                with open(fifo, "w") as file:
+                    file.write("kept")
+                self.assertEqual(host.line(), "kept 3 1")
+
+    def test_forks_amid_busy_threads_find_no_lock_held(self):
+        done = run_python("""
+            import os, signal, threading, warnings
+            warnings.simplefilter("ignore")
+            import mirai
+            mirai.daemons(2)
+            over, wrong = threading.Event(), []
+
+            def work():
+                i = 0
+                while not over.is_set():
+                    i += 1
+                    if mirai.mirai(abs, -i).result(30) != i:
+                        wrong.append(i)
+
+            threads = [threading.Thread(target=work) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            ends = []
+            for _ in range(6):
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(10)            # a child that hangs is killed by it
+                    status = 1
+                    try:
+                        assert not mirai.daemons_set()
+                        assert mirai.mirai(abs, -1).result(9) == 1
+                        status = 0
+                    finally:
+                        os._exit(status)
+                ends.append(os.waitpid(pid, 0)[1])
+            over.set()
+            for thread in threads:
+                thread.join()
+            print(ends, wrong)
+            """)
+        self.assertEqual(done.stdout.strip(), "[0, 0, 0, 0, 0, 0] []", done.stderr)
+
+    def test_an_interpreter_ends_at_once_though_mirais_are_unresolved(self):
+        for ending in ("", "import sys; sys.exit(0)", "m.add_done_callback(print)"):
+            start = time.monotonic()
+            done = run_python(f"""
+                import mirai
+                mirai.daemons(1)
+                m = mirai.mirai("import time; time.sleep(60)")
+                {ending}
+                """)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), ending)
+            self.assertLess(time.monotonic() - start, 10)
+
+
+# -- 13. Profiles
+
+
+class TestProfiles(Case):
+    def test_daemons_are_set_looked_at_and_reset(self):
+        self.assertFalse(mirai.daemons_set())
+        self.assertIsNone(info())
+        self.assertEqual(status(), {"connections": 0, "daemons": 0})
+        found = daemons(2)
+        self.assertTrue(found)
+        self.assertTrue(mirai.daemons_set() and mirai.require_daemons())
+        self.assertEqual(status()["connections"], 2)
+        self.assertEqual(status()["mirai"], {"awaiting": 0, "executing": 0, "completed": 0})
+        self.assertEqual(info(), (2, 2, 0, 0, 0))
+        self.assertEqual(info()._fields, ("connections", "cumulative", "awaiting", "executing", "completed"))
+        self.assertIn(status()["daemons"], repr(found))
+        self.assertIn("2 connected", repr(found))
+        for reset in (0, None):
+            self.assertFalse(daemons(reset))
+            self.assertFalse(found)
+            self.assertFalse(mirai.daemons_set())
+            self.assertIn("none set", repr(found))
+            self.assertEqual(status(), {"connections": 0, "daemons": 0})
+
+    def test_status_and_info_count_what_awaits_executes_and_completed(self):
+        with Gate() as gate, daemons(2):
+            ms = [mirai.mirai(gate.enter, i) for i in range(5)]
+            gate.arrived(), gate.arrived()
+            wait_until(lambda: info() == (2, 2, 3, 2, 0), 10)
+            wait_until(lambda: status()["mirai"] == {"awaiting": 3, "executing": 2, "completed": 0}, 10)
+            stop_mirai(ms[4])
+            gate.open()
+            gate.arrived(), gate.arrived()
+            gate.open()
+            call_mirai(ms)
+            wait_until(lambda: info() == (2, 2, 0, 0, 5), 10)
+
+    def test_setting_anew_replaces_what_was_set_and_makes_the_unresolved_19s(self):
+        with Gate() as gate:
+            daemons(1)
+            old = _pids(1)
+            ms = [mirai.mirai(gate.enter), mirai.mirai(abs, -1)]
+            gate.arrived()
+            daemons(2)
+            for m in ms:
+                self.assertIs(type(m.data), MiraiConnectionReset)
+                self.assertIn("reset", str(m.data))
+            self.assertEqual(info().connections, 2)
+            self.assertFalse(_pids(2) & old)
+            self.assertFalse(any(map(is_alive, old)))
+            pids = _pids(2)
+            m = mirai.mirai(gate.enter)
+            gate.arrived()
+            daemons(0)
+            self.assertIs(type(m.data), MiraiConnectionReset)
+            self.assertFalse(any(map(is_alive, pids)))
+
+    def test_a_with_block_sets_and_resets_also_where_it_raises(self):
+        with self.assertRaises(KeyError), daemons(2) as set_here:
+            self.assertTrue(set_here)
+            raise KeyError
+        self.assertFalse(mirai.daemons_set())
+        with daemons(1, compute="gpu"):         # makes it the current one
+            self.assertTrue(mirai.daemons_set() and mirai.daemons_set("gpu") and not mirai.daemons_set("default"))
+        self.assertFalse(mirai.daemons_set("gpu"))
+
+    def test_a_with_block_over_what_is_not_set_is_an_error(self):
+        for n in (0, None):
+            with self.assertRaises(RuntimeError), daemons(n):
+                pass
+
+    def test_named_profiles_are_independent(self):
+        with Gate() as gate:
+            daemons(1, compute="a")
+            daemons(2, compute="b")
+            self.assertEqual((info("a").connections, info("b").connections, info()), (1, 2, None))
+            held = mirai.mirai(gate.enter, 1, _compute="a")
+            gate.arrived()
+            self.assertEqual(mirai.mirai(abs, -2, _compute="b").result(LONG), 2)
+            daemons(0, compute="b")
+            self.assertFalse(held.done())
+            gate.open()
+            self.assertEqual(held.result(LONG), 1)
+            daemons(0, compute="a")
+
+    def test_with_daemons_chooses_the_profile_as_a_context_manager_and_as_a_decorator(self):
+        @mirai.with_daemons("b")
+        def chosen(deeper=2):
+            return [mirai.mirai(os.getpid).result(LONG)] + (chosen(deeper - 1) if deeper else [])
+
+        with daemons(1), contextlib.ExitStack() as stack:
+            stack.callback(daemons, 0, compute="b")
+            daemons(1, compute="b")
+            (default,), (other,) = _pids(1), _pids(1, "b")
+            with mirai.with_daemons("b"):
+                self.assertEqual(mirai.mirai(os.getpid).result(LONG), other)
+                with mirai.with_daemons("default"):
+                    self.assertEqual(mirai.mirai(os.getpid).result(LONG), default)
+                self.assertEqual(mirai_map([1], lambda _: os.getpid())[:], [other])
+            self.assertEqual(mirai.mirai(os.getpid).result(LONG), default)
+            self.assertEqual(chosen(), [other] * 3)
+            self.assertEqual(mirai.mirai(os.getpid).result(LONG), default)
+            self.assertEqual(_at_once(4, lambda i: chosen()), [[other] * 3] * 4)
+            with self.assertRaises(KeyError), mirai.with_daemons("b"):
+                raise KeyError
+            self.assertEqual(mirai.mirai(os.getpid).result(LONG), default)
+        with self.assertRaises(RuntimeError), mirai.with_daemons("never set"):
+            pass
+
+    def test_each_thread_and_each_asyncio_task_has_a_current_profile_of_its_own(self):
+        async def work(name, barrier):
+            with mirai.with_daemons(name):
+                barrier[0] += 1
+                while barrier[0] < 2:
+                    await asyncio.sleep(0)
+                return await mirai.mirai(os.getpid)
+
+        async def main():
+            barrier = [0]
+            return await asyncio.gather(work("a", barrier), work("b", barrier))
+
+        def in_thread(i):
+            mirai.local_daemons("ab"[i])
+            return mirai.mirai(os.getpid).result(LONG)
+
+        try:
+            daemons(1, compute="a")
+            daemons(1, compute="b")
+            (a,), (b,) = _pids(1, "a"), _pids(1, "b")
+            self.assertEqual(asyncio.run(asyncio.wait_for(main(), LONG)), [a, b])
+            self.assertEqual(_at_once(2, in_thread), [a, b])
+            self.assertFalse(mirai.daemons_set())       # here nothing was chosen
+        finally:
+            daemons(0, compute="a")
+            daemons(0, compute="b")
+
+    def test_local_daemons_lasts_for_the_rest_of_the_context(self):
+        import contextvars
+
+        def inside():
+            mirai.local_daemons("a")
+            return mirai.daemons_set(), info().connections
+
+        try:
+            daemons(1, compute="a")
+            self.assertEqual(contextvars.copy_context().run(inside), (True, 1))
+            self.assertFalse(mirai.daemons_set())
+            with self.assertRaises(RuntimeError):
+                mirai.local_daemons("never set")
+        finally:
+            daemons(0, compute="a")
+
+    def test_require_daemons_says_how_to_set_them(self):
+        with self.assertRaisesRegex(RuntimeError, r"profile 'default'.*daemons\(4\)"):
+            mirai.require_daemons()
+        with self.assertRaisesRegex(RuntimeError, r"profile 'gpu'.*daemons\(4, compute='gpu'\)"):
+            mirai.require_daemons("gpu")
+
+    def test_launch_local_adds_daemons(self):
+        with daemons(1):
+            self.assertEqual(launch_local(2), 2)
+            self.assertEqual((info().connections, len(_pids(3))), (3, 3))
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "this Python knows no affinity")
+    def test_auto_is_the_cpus_that_are_really_there(self):
+        code = """
+            import os, sys, mirai
+            if sys.argv[1:]:
+                os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+            mirai.daemons("auto")
+            print(mirai.cpu_count(), mirai.info().connections)
+            """
+        env = {name: value for name, value in os.environ.items() if name != "SLURM_CPUS_PER_TASK"}
+        self.assertEqual(run_python(code, "one", env=env).stdout.split(), ["1", "1"])
+        self.assertEqual(run_python(code, env={**env, "SLURM_CPUS_PER_TASK": "1"}).stdout.split(), ["1", "1"])
+
+    def test_cpu_count_is_the_least_that_was_granted(self):
+        from unittest import mock
+        with mock.patch.dict(os.environ):
+            os.environ.pop("SLURM_CPUS_PER_TASK", None)
+            there = mirai.cpu_count()
+            self.assertTrue(1 <= there <= os.cpu_count())
+            for granted, expected in (("1", 1), ("100000", there), ("nonsense", there), ("", there)):
+                os.environ["SLURM_CPUS_PER_TASK"] = granted
+                self.assertEqual(mirai.cpu_count(), expected, granted)
+
+    def test_without_daemons_each_call_gets_a_process_that_ends_with_it(self):
+        pids = [m.result(LONG) for m in [mirai.mirai(os.getpid) for _ in range(6)]]
+        self.assertEqual(len(set(pids)), 6)
+        wait_until(lambda: not any(map(is_alive, pids)), 5)
+
+    def test_without_daemons_cancels_and_timeouts_and_deaths_work(self):
+        with Gate() as gate:
+            m = mirai.mirai(_say_and_sleep, gate.address)
+            _, pid = gate.arrived()
+            self.assertTrue(m.cancel())
+            self.assertIsInstance(mirai.mirai(time.sleep, LONG, _timeout=0.3)[:], MiraiTimeout)
+            died = mirai.mirai(_end_process, "SIGKILL")[:]
+            self.assertIs(type(died), MiraiConnectionReset)
+            self.assertIn("SIGKILL", str(died))
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+            wait_until(lambda: not is_alive(pid), 5)
+
+    def test_without_daemons_at_most_four_processes_a_cpu_run_at_once(self):
+        with Gate() as gate, Host(f"""
+                import json, os, socket, sys, mirai
+                os.environ["SLURM_CPUS_PER_TASK"] = "1"
+                def enter(label):
+                    with socket.create_connection({gate.address!r}) as sock:
+                        sock.sendall(json.dumps([label, os.getpid()]).encode() + b"\\n")
+                        sock.recv(1)
+                    return os.getpid()
+                ms = [mirai.mirai(enter, i) for i in range(6)]
+                for line in sys.stdin:
+                    print(*mirai._ephemeral[0].link.counts[2:4])
+                print(len(set(m.result() for m in ms)))
+                """, stdin=subprocess.PIPE) as host:
+            with host.process.stdin as ask:
+                first = {gate.arrived()[0] for _ in range(4)}
+
+                def counts():
+                    ask.write("\n")
+                    ask.flush()
+                    return host.line()
+
+                wait_until(lambda: counts() == "2 4", 10, "four that run while two wait")
+                gate.held.pop(0).close()
+                gate.held.pop(0).close()
+                second = {gate.arrived()[0] for _ in range(2)}
+                self.assertEqual((first, second), ({0, 1, 2, 3}, {4, 5}))
+                gate.open()
+            self.assertEqual(host.line(), "6")
+
+    def test_a_fixed_key_lets_daemons_from_elsewhere_in_by_tcp_and_by_ipc(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for key, url in (("ab" * 32, "tcp://127.0.0.1:0"), (bytes(range(32)), f"ipc://{folder}/socket")):
+                daemons(url=url, key=key)
+                self.assertEqual(info().connections, 0)
+                m = mirai.mirai(abs, -7)
+                actual = status()["daemons"]
+                self.assertTrue(actual == url or (url.endswith(":0") and not actual.endswith(":0")))
+                env = {**os.environ, "MIRAI_KEY": key if isinstance(key, str) else key.hex()}
+                elsewhere = subprocess.Popen([sys.executable, FILE, "daemon", actual], env=env)
+                try:
+                    self.assertEqual(m.result(LONG), 7)
+                    self.assertEqual(info().connections, 1)
+                finally:
+                    daemons(0)
+                    self.assertEqual(elsewhere.wait(LONG), 0)
+
+    def test_local_daemons_dial_the_url_that_was_asked_for(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for url in ("tcp://127.0.0.1:0", "tcp://[::1]:0", f"ipc://{folder}/socket"):
+                if "::1" in url and not os.path.exists("/proc/net/if_inet6"):
+                    continue
+                with daemons(1, url=url):
+                    self.assertTrue(status()["daemons"].startswith(url.rstrip("0")))
+                    self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+            self.assertEqual(os.listdir(folder), [])
+
+    def test_a_url_in_use_is_an_os_error_that_names_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for url in ("tcp://127.0.0.1:0", f"ipc://{folder}/socket"):
+                with daemons(1, url=url):
+                    taken = status()["daemons"]
+                    with self.assertRaises(OSError) as caught:
+                        daemons(1, url=taken, compute="other")
+                    self.assertIn(taken, str(caught.exception))
+                    self.assertFalse(mirai.daemons_set("other"))
+                    self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_rounds_of_setting_and_resetting_leave_nothing_behind(self):
+        def held():
+            gc.collect()
+            return {**Case._held(), "of the nursery": len(os.listdir(f"/proc/{nursery_pid()}/fd"))}
+
+        rounds = 200 if os.environ.get("MIRAI_LONG") else 40
+        before = None
+        for i in range(rounds + 3):
+            daemons(2)
+            self.assertEqual(mirai_map(range(4), abs)[:], [0, 1, 2, 3])
+            daemons(0)
+            if i == 2:
+                before = held()
+        self.assertEqual(held(), before)
+
+    def test_of_a_thousand_tasks_twenty_end_their_daemon_and_exactly_those_are_19s_that_say_how(self):
+        ways = list(HOW_IT_SHOWS) * 5
+        places = dict(zip(random.Random(7).sample(range(1000), 20), ways))
+        with daemons(4):
+            ms = [mirai.mirai(_end_process, places[i]) if i in places else mirai.mirai(abs, -i) for i in range(1000)]
+            call_mirai(ms)
+            end = time.monotonic()
+            for i, m in enumerate(ms):
+                if i in places:
+                    self.assertIs(type(m.data), MiraiConnectionReset, f"{places[i]}: {m.data!r}")
+                    self.assertIn(HOW_IT_SHOWS[places[i]], str(m.data))
+                    self.assertIn("daemon", str(m.data))
+                else:
+                    self.assertEqual(m.data, i)
+            wait_until(lambda: info().connections == 4, end + 2 - time.monotonic(), "all daemons' being back")
+            self.assertEqual(len(_pids(4)), 4)
+
+    def test_a_task_is_run_again_as_often_as_its_retries_allow(self):
+        def die_twice(path):
+            with open(path, "a") as file:
+                file.write("x")
+            if os.path.getsize(path) <= 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return "lived"
+
+        with tempfile.TemporaryDirectory() as folder, daemons(1):
+            for retries, runs, kind in ((2, 3, str), (1, 2, MiraiConnectionReset), (0, 1, MiraiConnectionReset), (5, 3, str)):
+                path = os.path.join(folder, str(retries))
+                m = mirai.mirai(die_twice, path, _retries=retries)
+                self.assertIs(type(m[:]), kind)
+                self.assertEqual(os.path.getsize(path), runs)
+
+    def test_a_task_that_had_not_begun_when_its_daemon_died_runs_elsewhere_without_a_retry(self):
+        with daemons(1):
+            (pid,) = _pids(1)
+            os.kill(pid, signal.SIGSTOP)
+            m = mirai.mirai(os.getpid)
+            wait_until(lambda: info().executing == 1, 10)       # it has been sent there
+            os.kill(pid, signal.SIGKILL)
+            self.assertNotEqual(m.result(LONG), pid)
+
+    def test_tasks_that_wait_survive_the_death_of_daemons(self):
+        with Gate() as gate, daemons(2):
+            held = [mirai.mirai(gate.enter) for _ in range(2)]
+            pids = [gate.arrived()[1] for _ in range(2)]
+            waiting = [mirai.mirai(abs, -i) for i in range(50)]
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            self.assertEqual([m.result(LONG) for m in waiting], list(range(50)))
+            self.assertTrue(all(isinstance(m[:], MiraiConnectionReset) for m in held))
+
+    def test_tasks_begin_in_the_order_of_their_submission(self):
+        with Gate() as gate, daemons(1):
+            mirai.mirai(gate.enter)
+            gate.arrived()
+            ms = [mirai.mirai(time.monotonic_ns) for _ in range(300)]
+            stop_mirai(ms[100:150])
+            gate.open()
+            began = [m.result(LONG) for m in ms[:100] + ms[150:]]
+            self.assertEqual(began, sorted(began))
+
+    def test_none_of_a_hundred_short_tasks_waits_for_the_long_one(self):
+        with Gate() as gate, daemons(2):
+            long = mirai.mirai(gate.enter)
+            gate.arrived()
+            self.assertEqual([m.result(LONG) for m in [mirai.mirai(abs, -i) for i in range(100)]], list(range(100)))
+            self.assertFalse(long.done())
+
+    def test_no_task_waits_beside_an_idle_daemon(self):
+        with Gate() as gate, daemons(3):
+            for _ in range(10):
+                ms = [mirai.mirai(gate.enter, i) for i in range(3)]
+                self.assertEqual(sorted(gate.arrived()[0] for _ in range(3)), [0, 1, 2])     # all at once
+                gate.open()
+                call_mirai(ms)
+
+    def test_interpreter_options_that_show_every_warning_show_none(self):
+        script = """
+            import asyncio, mirai
+            async def main():
+                return await asyncio.gather(*[mirai.mirai(abs, -i) for i in range(20)])
+            print(mirai.mirai(abs, -1).result())
+            with mirai.daemons(2):
+                print(mirai.mirai_map([1, 2], lambda x: x).results(), sum(asyncio.run(main())))
+                print(mirai.mirai("1 / 0")[:].code, mirai.mirai("import time; time.sleep(60)", _timeout=0.01)[:].code)
+                mirai.mirai("import time; time.sleep(60)")
+            mirai.daemons(1)
+            m = mirai.mirai("import time; time.sleep(60)")
+            """
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "script.py")
+            with open(path, "w") as file:
+                file.write(textwrap.dedent(script))
+            done = subprocess.run([sys.executable, "-W", "error", "-X", "dev", path], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True, timeout=LONG, env={**os.environ, "PYTHONPATH": HERE})
+        self.assertEqual((done.stdout.split(), done.stderr, done.returncode), (["1", "[1,", "2]", "190", "1000", "5"], "", 0))
+
+
+# -- 14. mirai, map, collect: the verbs
+
+
+class _Ugly:
+    """Strikes where it is pickled ('pickle'), or where it is unpickled ('unpickle')."""
+
+    def __init__(self, where, how):
+        self.where, self.how = where, how
+
+    def __reduce__(self):
+        return (_strike if self.where == "unpickle" else str, (_strike(self.how) if self.where == "pickle" else self.how,))
+
+
+def _strike(how):
+    if how == "exception":
+        raise ValueError("ugly")
+    if how == "sys.exit":
+        sys.exit(3)
+    _end_process(how)
+
+
+class TestVerbs(Case):
+    def test_mirai_takes_callables_with_arguments_of_both_kinds(self):
+        def closure(a, b=2, *, c=3):
+            return a, b, c, offset
+
+        offset = 10
+        with daemons(1):
+            self.assertEqual(mirai.mirai(closure, 1).result(LONG), (1, 2, 3, 10))
+            self.assertEqual(mirai.mirai(closure, 1, 4, c=5).result(LONG), (1, 4, 5, 10))
+            self.assertEqual(mirai.mirai(dict, f=1, timeout=2).result(LONG), {"f": 1, "timeout": 2})
+            self.assertEqual(mirai.mirai(functools.partial(max, 3), 2).result(LONG), 3)
+            self.assertEqual(mirai.mirai("abc".upper).result(LONG), "ABC")
+            self.assertIsNone(mirai.mirai(lambda: None)[:])
+
+    def test_mirai_takes_source_whose_value_is_its_last_expression(self):
+        with daemons(1):
+            self.assertEqual(mirai.mirai("a + b", a=1, b=2).result(LONG), 3)
+            self.assertEqual(mirai.mirai("import math\nx = math.floor(y)\nx", y=2.5).result(LONG), 2)
+            self.assertIsNone(mirai.mirai("x = 1").result(LONG))
+            self.assertIsNone(mirai.mirai("").result(LONG))
+            self.assertEqual(mirai.mirai("def f(n): return n and f(n - 1)\nf(3)").result(LONG), 0)
+            self.assertEqual(mirai.mirai("[k * x for x in range(3)]", k=2).result(LONG), [0, 2, 4])
+            with self.assertRaises(NameError):
+                mirai.mirai("x").result(LONG)       # nothing is left of the tasks before
+
+    def _check(self, error, texts, call, *args, **kwargs):
+        with self.assertRaises(error) as caught:
+            call(*args, **kwargs)
+        self.assertIs(type(caught.exception), error)
+        for text in texts:
+            self.assertIn(text, str(caught.exception))
+
+    def test_bad_input_to_daemons_says_what_was_wrong_and_what_would_be_right(self):
+        self._check(ValueError, ("-1", "0 (reset)"), daemons, -1)
+        self._check(TypeError, ("'2'", "integer", "'auto'"), daemons, "2")
+        self._check(TypeError, ("2.0", "integer"), daemons, 2.0)
+        self._check(TypeError, ("True", "integer"), daemons, True)
+        self._check(ValueError, ("'URL'", "tcp://127.0.0.1:5555"), daemons, url="URL")
+        self._check(ValueError, ("'udp'", "tcp://"), daemons, 1, url="udp://127.0.0.1:1")
+        self._check(ValueError, ("port", "tcp://"), daemons, 1, url="tcp://127.0.0.1")
+        self._check(TypeError, ("int", "tcp://"), daemons, 1, url=5555)
+        self._check(TypeError, ("daemons(4)", "daemons(0)", "daemons(None)"), daemons)
+        self._check(ValueError, ("url", "leave n out"), daemons, 0, url="tcp://127.0.0.1:0")
+        self._check(TypeError, ("'idletme'", "did you mean 'idletime'"), daemons, 1, idletme=3)
+        self._check(TypeError, ("'zzz'", "idletime", "walltime", "maxtasks"), daemons, 1, zzz=3)
+        self._check(ValueError, ("maxtasks=0", "above 0"), daemons, 1, maxtasks=0)
+        self._check(ValueError, ("idletime='1'", "number"), daemons, 1, idletime="1")
+        self._check(ValueError, ("64 hexadecimal digits",), daemons, 1, key="abc")
+        self._check(ValueError, ("32 bytes", "3"), daemons, 1, key=b"abc")
+        self.assertFalse(mirai.daemons_set())
+
+    def test_bad_input_to_daemons_leaves_what_is_set_as_it_is(self):
+        with daemons(1):
+            for args, kwargs in (((-1,), {}), ((1,), {"url": "URL"}), ((1,), {"idletme": 1}), ((1,), {"key": "abc"})):
+                with self.assertRaises((ValueError, TypeError)):
+                    daemons(*args, **kwargs)
+                self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_bad_input_to_mirai_says_what_was_wrong_and_what_would_be_right(self):
+        class Holder:
+            def __init__(self):
+                self.lock = threading.Lock()
+
+        with daemons(1):
+            self._check(TypeError, ("mirai(f, *args, **kwargs)",), mirai.mirai)
+            self._check(TypeError, ("3", "callable"), mirai.mirai, 3)
+            self._check(TypeError, ("None", "callable"), mirai.mirai, None)
+            self._check(TypeError, ("keyword", "x=1"), mirai.mirai, "x", 1)
+            self._check(ValueError, ("_timeout=-1", "seconds"), mirai.mirai, abs, -1, _timeout=-1)
+            self._check(ValueError, ("_timeout='1'", "seconds"), mirai.mirai, abs, -1, _timeout="1")
+            self._check(ValueError, ("_retries=-1", "integer"), mirai.mirai, abs, -1, _retries=-1)
+            self._check(TypeError, ("args[1].lock", "pickle"), mirai.mirai, print, 1, Holder())
+            self._check(TypeError, ("kwargs['x'][0]", "pickle"), mirai.mirai, print, x=[threading.Lock()])
+            lock = threading.Lock()
+            self._check(TypeError, ("closes over lock", "pickle"), mirai.mirai, lambda: lock)
+            with self.assertRaises(SyntaxError) as caught:
+                mirai.mirai("1 +")
+            self.assertEqual(caught.exception.lineno, 1)
+            self.assertEqual(info()[2:4], (0, 0))
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_bad_input_to_the_other_verbs_says_what_was_wrong_and_what_would_be_right(self):
+        self._check(RuntimeError, ("no daemons are set", "daemons(4)"), mirai_map, [1], abs)
+        self._check(RuntimeError, ("no daemons are set", "daemons(4)"), launch_local)
+        self._check(RuntimeError, ("'gpu'", "daemons(4, compute='gpu')"), launch_local, compute="gpu")
+        self._check(TypeError, ("'f'", "callable"), mirai_map, [1], "f")
+        with daemons(1):
+            self._check(TypeError, ("'f'", "callable"), mirai_map, [1], "f")
+            self._check(ValueError, ("n=0", "above 0"), launch_local, 0)
+            self._check(ValueError, ("n='1'", "above 0"), launch_local, "1")
+            self._check(TypeError, ("'idletme'", "idletime"), launch_local, 1, idletme=3)
+            for verb in (call_mirai, mirai.collect_mirai, race_mirai, stop_mirai):
+                self._check(TypeError, ("3", "Mirai"), verb, 3)
+                self._check(TypeError, ("Mirai",), verb, [3])
+            with self.assertRaises(TypeError):
+                mirai_map(3, abs)
+
+    def test_a_map_over_a_list_keeps_its_order(self):
+        with daemons(2):
+            mp = mirai_map([3, -1, -2], abs)
+            self.assertEqual((mp.results(), mp[:], mp.data, mp.names, len(mp)), ([3, 1, 2], [3, 1, 2], [3, 1, 2], None, 3))
+            self.assertEqual((mp[0].result(), mp[-1].result()), (3, 2))
+            self.assertTrue(all(mirai.is_mirai(m) for m in mp))
+            self.assertEqual([m.result() for m in mp], [3, 1, 2])
+            self.assertEqual(repr(mp), "<mirai map: 3 of 3 resolved>")
+            for wrong in (lambda: mp[3], lambda: mp[-4]):
+                with self.assertRaises(IndexError):
+                    wrong()
+            for wrong in (lambda: mp[1:], lambda: mp["a"]):
+                with self.assertRaises(TypeError):
+                    wrong()
+
+    def test_a_map_over_a_generator_or_a_mapping_or_nothing(self):
+        with daemons(2):
+            self.assertEqual(mirai_map((i for i in range(-3, 0)), abs).results(), [3, 2, 1])
+            self.assertEqual(mirai_map(range(3), pow, 2)[:], [0, 1, 4])
+            self.assertEqual(mirai_map(["ff"], int, base=16)[:], [255])
+            mp = mirai_map({"a": -1, "b": -2}, abs)
+            self.assertEqual((mp.results(), mp[:], mp.data, mp.names), (*[{"a": 1, "b": 2}] * 3, ["a", "b"]))
+            self.assertEqual(mp[1].result(), 2)
+            empty = mirai_map([], abs)
+            self.assertEqual((empty.results(), empty[:], empty.data, len(empty), list(empty)), ([], [], [], 0, []))
+            self.assertEqual((mirai_map({}, abs)[:], mirai_map({}, abs).names), ({}, []))
+            self.assertEqual((mirai.collect_mirai(empty), race_mirai(empty), stop_mirai(empty), unresolved(empty)), ([], None, [], 0))
+
+    def test_a_map_has_error_values_in_place_and_results_raises_the_first(self):
+        with daemons(2):
+            mp = mirai_map([1, 0, "x"], lambda x: 1 / x)
+            self.assertEqual(mp[:][0], 1.0)
+            self.assertEqual([getattr(v, "condition_class", ("none",))[0] for v in mp[:]], ["none", "ZeroDivisionError", "TypeError"])
+            with self.assertRaises(ZeroDivisionError) as caught:
+                mp.results()
+            self.assertIs(caught.exception.__cause__, mp[1].data)
+
+    def test_a_map_shows_what_there_is_so_far_and_its_mirais_can_be_awaited(self):
+        async def main(mp):
+            return await asyncio.gather(*mp)
+
+        with Gate() as gate, daemons(2):
+            mp = mirai_map([0, 1], gate.enter)
+            gate.arrived(), gate.arrived()
+            self.assertEqual(mp.data, [mirai.UNRESOLVED] * 2)
+            self.assertEqual((unresolved(mp), repr(mp)), (2, "<mirai map: 0 of 2 resolved>"))
+            gate.open()
+            self.assertEqual(asyncio.run(asyncio.wait_for(main(mp), LONG)), [0, 1])
+
+    def test_a_map_gives_each_item_its_timeout(self):
+        with Gate() as gate, daemons(1):
+            mp = mirai_map([0, 1], gate.enter, _timeout=0.05)
+            self.assertTrue(all(isinstance(v, MiraiTimeout) for v in mp[:]))
+
+    def test_collect_gives_values_and_error_values_in_place(self):
+        with daemons(2):
+            a, b = mirai.mirai(abs, -1), mirai.mirai("1 / 0")
+            self.assertEqual(mirai.collect_mirai(a), 1)
+            self.assertEqual(mirai.collect_mirai([a, b])[0], 1)
+            self.assertTrue(mirai.is_mirai_error(mirai.collect_mirai([a, b])[1]))
+            self.assertTrue(mirai.is_mirai_error(mirai.collect_mirai(b)))
+            self.assertEqual(mirai.collect_mirai(mirai_map({"k": -2}, abs)), {"k": 2})
+            self.assertEqual(mirai.collect_mirai([]), [])
+            self.assertEqual(mirai.collect_mirai((a,)), [1])
+
+    def test_collect_with_stop_cancels_the_rest_and_raises_what_failed(self):
+        def work(address, item):
+            return _say_and_sleep(address) if item else 1 / 0
+
+        with Gate() as gate, daemons(2):
+            mp = mirai_map([1, 0, 2, 3], functools.partial(work, gate.address))
+            with self.assertRaises(ZeroDivisionError):
+                mirai.collect_mirai(mp, stop=True)
+            self.assertTrue(all(m.cancelled() for m in (mp[0], mp[2], mp[3])))
+            self.assertEqual(mirai.collect_mirai(mirai_map([-1, -2], abs), stop=True), [1, 2])
+            self.assertEqual(mirai.collect_mirai([mirai.mirai(abs, -1)], stop=True), [1])
+
+    def test_call_waits_and_gives_back_what_it_was_given(self):
+        with daemons(2):
+            for x in (mirai.mirai(abs, -1), [mirai.mirai("1 / 0"), mirai.mirai(abs, -1)], mirai_map([1, 2], abs), []):
+                self.assertIs(call_mirai(x), x)
+                self.assertFalse(unresolved(x))
+
+    def test_race_gives_the_index_of_the_first_and_none_for_nothing(self):
+        self.assertIsNone(race_mirai([]))
+        with Gate() as gate, daemons(2):
+            held, quick = mirai.mirai(gate.enter), mirai.mirai(abs, -1)
+            self.assertEqual(race_mirai([held, quick]), 1)
+            self.assertEqual(race_mirai([held, quick]), 1)
+            gate.arrived()
+            failing = mirai.mirai("1 / 0")
+            self.assertEqual(race_mirai([held, failing]), 1)
+            held.cancel()
+            self.assertEqual(race_mirai([held, quick]), 0)
+            self.assertEqual(race_mirai(mirai_map([1], abs)), 0)
+
+    def test_stop_says_which_it_cancelled_and_unresolved_how_many_are_left(self):
+        with Gate() as gate, daemons(1):
+            done = mirai.mirai(abs, -1)
+            done.result(LONG)
+            ms = [done, mirai.mirai(gate.enter), mirai.mirai(abs, -1)]
+            gate.arrived()
+            self.assertEqual((unresolved(ms), unresolved(ms[1]), unresolved(done)), (2, True, False))
+            self.assertEqual(stop_mirai(ms), [False, True, True])
+            self.assertEqual((unresolved(ms), stop_mirai(ms[1])), (0, False))
+            self.assertEqual([m.data for m in ms[:1]], [1])
+            self.assertTrue(all(isinstance(m.data, MiraiCancelled) for m in ms[1:]))
+            self.assertEqual((unresolved(3), unresolved(mirai.UNRESOLVED), unresolved([])), (False, True, 0))
+
+    def test_what_is_what(self):
+        with daemons(1):
+            value, failed, cancelled = mirai.mirai(abs, -1), mirai.mirai("1 / 0"), mirai.mirai(time.sleep, LONG)
+            interrupted = mirai.mirai(_raise, KeyboardInterrupt())
+            cancelled.cancel()
+            late = mirai.mirai(time.sleep, LONG, _timeout=0.01)
+            mp = mirai_map([1], abs)
+            found = [m[:] for m in (value, failed, cancelled, interrupted, late)]
+            self.assertEqual([mirai.is_error_value(v) for v in found], [False, True, True, True, True])
+            self.assertEqual([mirai.is_mirai_error(v) for v in found], [False, True, False, False, False])
+            self.assertEqual([mirai.is_mirai_interrupt(v) for v in found], [False, False, False, True, False])
+            self.assertEqual([v.code for v in found[1:]], [1000, 20, 1, 5])
+            self.assertEqual([mirai.is_mirai(x) for x in (value, mp, 1)], [True, False, False])
+            self.assertEqual([mirai.is_mirai_map(x) for x in (value, mp, [value])], [False, True, False])
+
+    PROGRESS = """
+        import sys, time, mirai
+        mirai.daemons(2)
+        mp = mirai.mirai_map([0.01] * 40, time.sleep)
+        mirai.collect_mirai(mp, progress={progress})
+        mirai.mirai_map([0.0] * 3, time.sleep).results(progress={progress})
+        """
+
+    def test_progress_is_quiet_where_stderr_is_no_terminal_unless_asked(self):
+        self.assertEqual(run_python(self.PROGRESS.format(progress=None)).stderr, "")
+        self.assertEqual(run_python(self.PROGRESS.format(progress=False)).stderr, "")
+        lines = run_python(self.PROGRESS.format(progress=True)).stderr.split("\n")
+        self.assertEqual(lines.pop(), "")
+        self.assertTrue(any("40/40" in line for line in lines) and any("3/3" in line for line in lines), lines)
+        self.assertFalse(any("\r" in line or not line for line in lines), lines)
+
+    def _on_terminal(self, columns, **options):
+        """What a progress bar writes to a terminal of so many columns."""
+        import fcntl
+        import pty
+        import termios
+        master, slave = pty.openpty()
+        try:
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            env = {**os.environ, "PYTHONPATH": HERE}
+            env.pop("COLUMNS", None)
+            options = {name: slave if value == "terminal" else value for name, value in options.items()}
+            process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(self.PROGRESS.format(progress=None))],
+                                       stderr=slave, env=env, **options)
+            os.close(slave)
+            written = b""
+            with contextlib.suppress(OSError):      # the end, on Linux
+                while chunk := os.read(master, 4096):
+                    written += chunk
+            self.assertEqual(process.wait(LONG), 0, written)
+            return written.decode()
+        finally:
+            os.close(master)
+
+    def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left_within_its_width(self):
+        for columns, stdout in ((40, "terminal"), (70, "terminal"), (40, subprocess.DEVNULL)):
+            written = self._on_terminal(columns, stdout=stdout)
+            states = [part for part in re.split("[\r\n]+", written) if part]
+            self.assertTrue(any("40/40" in s for s in states), written)
+            self.assertTrue(any(re.search(r"\d/s", s) for s in states), written)
+            self.assertTrue(any(re.search(r"\d\d:\d\d left", s) for s in states), written)
+            self.assertTrue(all("#" in s for s in states if "40/40" in s or "3/3" in s), written)
+            self.assertTrue(all(len(s) < columns for s in states), f"{columns} columns, stdout {stdout}: {max(map(len, states))}")
+            self.assertEqual(written.count("\n"), 2, written)
+
+    def test_every_crash_at_every_stage_resolves_and_leaves_the_profile_usable(self):
+        started = time.monotonic()
+        with daemons(2):
+            for how in ("exception", "sys.exit", "os._exit", "segfault"):
+                dies = how in ("os._exit", "segfault")
+                stages = {
+                    "unpickling the argument": lambda: mirai.mirai(type, _Ugly("unpickle", how)),
+                    "running": lambda: mirai.mirai(_strike, how),
+                    "pickling the result": lambda: mirai.mirai(_Ugly, "pickle", how),
+                }
+                if not dies:        # in the host itself
+                    stages["unpickling the result"] = lambda: mirai.mirai(_Ugly, "unpickle", how)
+                    with self.assertRaises(SystemExit if how == "sys.exit" else TypeError):
+                        mirai.mirai(type, _Ugly("pickle", how))
+                for stage, submit in stages.items():
+                    with self.subTest(how=how, stage=stage):
+                        m = submit()
+                        wait_until(m.done, 5)
+                        self.assertIs(type(m.data), MiraiConnectionReset if dies else MiraiError, f"{m.data!r}")
+                        text = HOW_IT_SHOWS[how] if dies else "SystemExit" if how == "sys.exit" else "ugly"
+                        self.assertIn(text, str(m.data))
+                        with self.assertRaises(MiraiConnectionReset if dies else (MiraiError, ValueError, TypeError)):
+                            m.result()
+                        self.assertEqual(mirai.mirai(abs, -1).result(5), 1)
+        self.assertLess(time.monotonic() - started, LONG)
+
+    def test_a_host_that_crashes_in_pickling_or_unpickling_leaves_no_process_behind(self):
+        for how, stage in itertools.product(("os._exit", "segfault"), ("pickling the argument", "unpickling the result")):
+            with self.subTest(how=how, stage=stage), Host(f"""
+                    import ctypes, os, resource, signal, mirai
+                    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                    host = os.getpid()
+                    def strike(_):
+                        if {how!r} == "os._exit":
+                            os._exit(3)
+                        ctypes.string_at(0)
+                        os.kill(os.getpid(), signal.SIGSEGV)
+                    class Ugly:
+                        def __reduce__(self):
+                            return (strike, (strike(0) if os.getpid() == host and {stage!r} == "pickling the argument" else 0,))
+                    mirai.daemons(2)
+                    mirai.mirai("import time; time.sleep(60)")
+                    print("ready")
+                    input()
+                    if {stage!r} == "pickling the argument":
+                        mirai.mirai(type, Ugly())
+                    else:
+                        mirai.mirai(Ugly).result()
+                    print("still here")
+                    """, stdin=subprocess.PIPE) as host:
+                self.assertEqual(host.line(), "ready")
+                family = family_of(host.pid)
+                self.assertGreaterEqual(len(family), 4)
+                host.process.stdin.write("\n")
+                host.process.stdin.close()
+                self.assertEqual(host.process.wait(5), 3 if how == "os._exit" else -signal.SIGSEGV)
+                wait_until(lambda: not any(map(is_alive, family)), 1.0, "the end of all that the host began")
+
+
+# -- 15. Command line: daemon, demo
+
+
+def _run(command, **options):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=LONG, **options)
+
+
+def _with_environment(entry):
+    """The processes that were begun with this entry in their environment."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:
+            if entry.encode() in file.read().split(b"\0"):
+                found.append(int(name))
+    return [pid for pid in found if is_alive(pid)]
+
+
+PROMPTS = re.compile(r"^((>>>>? ?)|(\.\.\.\.? ?))+")       # PyPy writes them to standard output
+
+
+class TestCommandLine(Case):
+    def test_the_demo_shows_all_it_promises_and_leaves_nothing_behind(self):
+        with tempfile.TemporaryDirectory() as folder:
+            home = f"/nonexistent/{os.urandom(8).hex()}"
+            done = _run([os.path.realpath(sys.executable), FILE, "demo"], cwd=folder,
+                        env={"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": folder})
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertEqual(len(re.findall(r"^ *\d+ lines  \w+ +\S+\.py$", done.stdout, re.M)), 10, done.stdout)
+            self.assertRegex(done.stdout, r"sequential \d+\.\d+ s, on \d+ daemons \d+\.\d+ s")
+            self.assertIn("Traceback (most recent call last)", done.stdout)
+            self.assertIn("ValueError: invalid literal for int()", done.stdout)
+            self.assertIn("<MiraiCancelled 20", done.stdout)
+            self.assertIn("<MiraiTimeout 5", done.stdout)
+            self.assertIn("'connections':", done.stdout)
+            self.assertEqual(_with_environment(f"HOME={home}"), [])
+            left = [name for _, folders, names in os.walk(folder) for name in names]
+            self.assertEqual(left, [])
+
+    def test_wrong_usage_is_exit_status_64_and_help_is_help(self):
+        for arguments in ((), ("daemom",), ("daemon",), ("daemon", "URL"), ("daemon", "-n", "0", "tcp://127.0.0.1:1"),
+                          ("daemon", "--maxtasks", "0", "tcp://127.0.0.1:1")):
+            done = _run([sys.executable, FILE, *arguments])
+            self.assertEqual((done.returncode, done.stdout), (64, ""), f"{arguments}: {done.stderr}")
+            self.assertTrue(done.stderr and "Traceback" not in done.stderr, done.stderr)
+        done = _run([sys.executable, FILE, "--help"])
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertTrue("daemon" in done.stdout and "demo" in done.stdout)
+        self.assertIn("URL", _run([sys.executable, FILE, "daemon", "--help"]).stdout)
+
+    def test_the_quick_start_runs_as_a_file_at_the_prompt_and_on_the_command_line(self):
+        readme = os.path.join(HERE, "README.md")
+        if not os.path.exists(readme):
+            self.skipTest("no README.md beside this file")
+        with open(readme) as file:
+            _, heading, below = file.read().partition("# Quick start\n")
+        self.assertTrue(heading, "README.md has no heading 'Quick start'")
+        _, fence, below = below.partition("\n#")[0].partition("```python\n")
+        code, end, _ = below.partition("\n```")
+        self.assertTrue(fence and end, "README.md has no ```python block under 'Quick start'")
+        outputs = {}
+        for mode in ("file", "-c", "-i"):
+            done = run_python(code + "\n", mode=mode)
+            errors = [line for line in done.stderr.splitlines() if line.strip(">. ")]
+            self.assertEqual((done.returncode, errors), (0, []), mode)
+            lines = [PROMPTS.sub("", line) for line in done.stdout.splitlines()] if mode == "-i" else done.stdout.splitlines()
+            outputs[mode] = [line for line in lines if line and not line.startswith("<daemons ")]    # the prompt shows values
+        self.assertTrue(outputs["file"])
+        self.assertEqual(outputs["-c"], outputs["file"])
+        self.assertEqual(outputs["-i"], outputs["file"])
+
+    def test_functions_defined_right_there_work_as_a_file_at_the_prompt_on_the_command_line_and_on_standard_input(self):
+        code = ("import mirai\n"
+                "def double(x): return twice * x\n"
+                "\n"
+                "twice = 2\n"
+                "_ = mirai.daemons(2)\n"
+                "print(mirai.mirai_map([1, 2], double).results(), mirai.mirai(lambda: double(4)).result())\n")
+        for mode in ("file", "-c", "-", "-i"):
+            done = run_python(code, mode=mode)
+            shown = PROMPTS.sub("", done.stdout).strip(">\n ")
+            self.assertEqual((done.returncode, shown), (0, "[2, 4] 8"), f"{mode}: {done.stderr}")
+
+    def _application(self, folder):
+        """A package that carries mirai.py under another name, and a script that uses it."""
+        vendor = os.path.join(folder, "app", "_vendor")
+        os.makedirs(vendor)
+        shutil.copy(FILE, os.path.join(vendor, "mirai.py"))
+        files = {
+            "app/__init__.py": "",
+            "app/_vendor/__init__.py": "",
+            "app/tasks.py": """
+                import sys
+                from ._vendor import mirai
+
+                class Point:
+                    def __init__(self, x):
+                        self.x = x
+
+                def double(point):
+                    return Point(2 * point.x), mirai.on_daemon(), "mirai" in sys.modules
+
+                def main():
+                    with mirai.daemons(2):
+                        found = mirai.mirai_map([Point(1), Point(2)], double).results()
+                        failed = mirai.mirai("1 / 0")[:]
+                    alone = mirai.mirai(double, Point(3)).result()
+                    print([(type(p).__module__, p.x, *rest) for p, *rest in [*found, alone]], type(failed).__module__)
+                """,
+            "run.py": "from app.tasks import main\nmain()\n"}
+        for name, text in files.items():
+            with open(os.path.join(folder, name), "w") as file:
+                file.write(textwrap.dedent(text))
+        return ("[('app.tasks', 2, True, False), ('app.tasks', 4, True, False), ('app.tasks', 6, True, False)] app._vendor.mirai")
+
+    def test_it_works_as_part_of_another_package(self):
+        with tempfile.TemporaryDirectory() as folder:
+            expected = self._application(folder)
+            env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            done = _run([sys.executable, os.path.join(folder, "run.py")], env=env, cwd="/")
+            self.assertEqual((done.stdout.strip(), done.stderr), (expected, ""))
+            done = _run([sys.executable, "-m", "app._vendor.mirai", "--help"], env=env, cwd=folder)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+    def test_it_works_from_a_directory_that_cannot_be_written_to(self):
+        root = os.getuid() == 0
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
+            expected = self._application(folder)
+            options, python = {}, sys.executable
+            if root:        # whom no mode keeps from writing: as somebody else
+                nobody = pwd.getpwnam("nobody")
+                options = {"preexec_fn": lambda: (os.setgroups([]), os.setgid(nobody.pw_gid), os.setuid(nobody.pw_uid))}
+                os.chown(scratch, nobody.pw_uid, nobody.pw_gid)
+                python = self._python_for(options)
+            for where, _, _ in os.walk(folder):
+                os.chmod(where, 0o755 if root else 0o555)
+            env = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "TMPDIR": scratch}
+            try:
+                done = _run([python, os.path.join(folder, "run.py")], env=env, cwd=folder, **options)
+                self.assertEqual((done.stdout.strip(), done.stderr), (expected, ""))
+                done = _run([python, os.path.join(folder, "app", "_vendor", "mirai.py"), "--help"], env=env, cwd=folder, **options)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertFalse([w for w, _, _ in os.walk(folder) if w.endswith("__pycache__")])
+                self.assertFalse([n for _, _, names in os.walk(scratch) for n in names])
+            finally:
+                for where, _, _ in os.walk(folder):
+                    os.chmod(where, 0o755)
+
+    def _python_for(self, options):
+        """An interpreter that the other user can run: this one may be somebody's own."""
+        for python in (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3"):
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                if _run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 9))"], cwd="/", **options).returncode == 0:
+                    return python
+        self.skipTest("user nobody can run no Python from 3.9 on here")
+
+
+
+
+# -- running
+
+
+class _Result(unittest.TextTestResult):
+    """Names the class, and says what was skipped and why, as it goes."""
+
+    def addSkip(self, test, reason):
+        super().addSkip(test, reason)
+        self.stream.writeln(f"skipped {test}: {reason}")
+
+
+def main(arguments):
+    verbose = "-v" in arguments
+    names = [a for a in arguments if not a.startswith("-")]
+    loader = unittest.TestLoader()
+    loader.sortTestMethodsUsing = None
+    module = sys.modules[__name__]
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, unittest.TestCase) and c is not Case]
+    suite = loader.loadTestsFromNames(names, module) if names else unittest.TestSuite(
+        map(loader.loadTestsFromTestCase, classes))
+    result = unittest.TextTestRunner(verbosity=2 if verbose else 1, resultclass=_Result).run(suite)
+    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
+    passed = max(0, result.testsRun - failed - len(result.skipped))
+    print(f"{passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
+    return 1 if failed or not result.testsRun else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
