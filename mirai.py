@@ -125,7 +125,7 @@ GRACE = 0.2                 # what a daemon whose connection ended may still tak
 CLOSE_TIME = 5.0            # for what should take milliseconds; where it does not, something is broken and said to be
 START_TIME = 60.0           # for the nursery and the first dispatcher, on a machine that swaps
 MAX_FAILED_STARTS = 5       # launches that end in a row before one is ready: after so many it is not bad luck (crew's)
-SPINS = 30                  # times a waiter looks before it sleeps in `poll`: a wake-up costs more than a short task
+SPINS = 50                  # times a waiter looks before it sleeps in `poll`: a wake-up costs more than a short task
 DOZE = 0.005                # the link's own thread leaves the reading to a waiter that was there so recently
 COUNTS_EVERY = 0.02         # how stale `status()` may be: less costs a frame per task
 LAST_WORDS = 4096           # the tail of a daemon's stderr that is kept to explain its end
@@ -1294,7 +1294,7 @@ class Connection:
             self._batch.clear()
         while self._outgoing:
             item = self._outgoing[0]
-            frame, sent = item[0], sum(item[1:])
+            frame, sent = item[0], sum(item[1:]) if len(item) > 1 else 0
             if sent < len(frame):
                 try:
                     item.extend(map(self._send, (memoryview(frame)[sent:] if sent else frame,)))
@@ -1483,9 +1483,10 @@ class Dispatcher:
             self._listen()
             self.selector.register(self.nursery, selectors.EVENT_READ, self._from_nursery)
             while self.running:
-                for key, _ in self.selector.select(self._timeout()):
+                for key, _ in self.selector.select(self._timeout() if self.timers else None):
                     key.data()
-                self._run_timers()
+                if self.timers:
+                    self._run_timers()
                 self._after_events()
         finally:
             for path in files:
@@ -1493,8 +1494,8 @@ class Dispatcher:
                     os.unlink(path)
         return 0
 
-    def _timeout(self) -> float | None:
-        return max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else None
+    def _timeout(self) -> float:
+        return max(0.0, self.timers[0][0] - time.monotonic())
 
     def _at(self, delay: float, action: Callable[[], None]) -> None:
         heapq.heappush(self.timers, (time.monotonic() + delay, next(self.numbers), action))
@@ -1504,28 +1505,28 @@ class Dispatcher:
             heapq.heappop(self.timers)[2]()
 
     def _after_events(self) -> None:
-        if self.to_fork:
-            self._fork()
-        self._report_counts()
         while self.dirty:
             self._flush(self.dirty.pop())
+        if self.to_fork:
+            self._fork()
         try:
             if self.nursery.pending and not self.nursery.flush():
                 self._at(0.01, lambda: None)        # it is busy forking: come round again
         except OSError:
             self._nursery_ended()
-
-    def _report_counts(self) -> None:
-        """The host's `status()` asks nobody: it is told, at most so often, but at once when daemons come or go."""
         counts = self.core.counts()
-        if counts == self.sent_counts or self.host is None:
-            return
+        if counts != self.sent_counts and self.host is not None:
+            self._report_counts(self.host, counts)
+
+    def _report_counts(self, host: _Peer, counts: tuple[int, ...]) -> None:
+        """The host's `status()` asks nobody: it is told, at most so often, but at once when daemons come or go."""
         now = time.monotonic()
         if now >= self.counts_due or counts[:2] != self.sent_counts[:2]:
-            self._post(self.host, encode(Kind.COUNTS, payload=COUNTS.pack(*counts)))
+            self._post(host, encode(Kind.COUNTS, payload=COUNTS.pack(*counts)))
+            self._flush(host)
             self.sent_counts = counts
             self.counts_due = now + COUNTS_EVERY
-        elif len(self.timers) == 0 or self.timers[0][0] > self.counts_due:
+        elif not self.timers or self.timers[0][0] > self.counts_due:
             self._at(self.counts_due - now, lambda: None)
 
     # -- connections
@@ -1564,11 +1565,11 @@ class Dispatcher:
             self._at_end(peer)
 
     def _take(self, peer: _Peer) -> None:
-        decoder, peers = peer.connection.decoder, self.peers
+        number, peers = peer.number, self.peers
         try:
-            while (message := decoder.pop()) is not None:
+            for message in peer.connection.decoder:
                 peer.handle(peer, message)          # type: ignore[misc]
-                if peer.number not in peers:
+                if number not in peers:
                     return
         except ProtocolError as error:
             self._refuse(peer, str(error)) if peer.shake else self._fault(peer, str(error))
@@ -1919,6 +1920,7 @@ class _Daemon:
         self.inbox = inbox
         self.idletime, self.maxtasks = idletime, maxtasks
         self.end = time.monotonic() + walltime
+        self.limited = min(idletime, walltime, maxtasks) < math.inf
         self.armed = 0              # the task that a signal may interrupt now
         self.stopping = False       # Ctrl-C in the terminal of a daemon started by hand
 
@@ -1929,21 +1931,24 @@ class _Daemon:
         done = 0
         try:
             while True:
-                now = time.monotonic()
                 try:
-                    message = self.inbox.get(min(self.idletime, max(0.0, self.end - now)))
+                    message = self.inbox.get(self._patience() if self.limited else math.inf)
                 except TimeoutError:
                     return self._leave(WALLTIME if time.monotonic() >= self.end else IDLETIME)
                 if message is None:
                     return DIED
                 outcome = self._run(message)
                 done += 1
-                why = MAXTASKS if done >= self.maxtasks else WALLTIME if time.monotonic() >= self.end else DIED
-                if why or self.stopping:
-                    return self._leave(why, message.id, outcome)
+                if self.limited or self.stopping:
+                    why = MAXTASKS if done >= self.maxtasks else WALLTIME if time.monotonic() >= self.end else DIED
+                    if why or self.stopping:
+                        return self._leave(why, message.id, outcome)
                 self.inbox.connection.send(encode(Kind.RESULT, message.id, outcome))
         except OSError:             # the connection broke: the same end by another sign
             return DIED
+
+    def _patience(self) -> float:
+        return min(self.idletime, max(0.0, self.end - time.monotonic()))
 
     def _run(self, message: Message) -> bytes:
         """Evaluates a task. The interrupt that is meant for it is raised only between arming and disarming, once."""
@@ -2501,7 +2506,7 @@ class Mirai(FutureOfAny):
 
     def settle(self, outcome: bytes | ErrorValue) -> bool:
         """Resolves it, the owner's lock held; False where it had resolved. Runs no user code."""
-        if self._state in (_futures.FINISHED, _futures.CANCELLED_AND_NOTIFIED):
+        if self._state is not _futures.PENDING:
             return False
         if isinstance(outcome, bytes):
             self._outcome, self._failed = outcome, outcome.startswith(FAILURE)
@@ -2539,7 +2544,8 @@ class Mirai(FutureOfAny):
         """`m[:]` waits for the value or the error value."""
         if key != slice(None):
             raise TypeError("a mirai has one value: m[:] waits for it")
-        self._owner.wait(self, None)
+        if not self.done():
+            self._owner.wait(self, None)
         return self._look()
 
     def __repr__(self) -> str:
@@ -2548,7 +2554,7 @@ class Mirai(FutureOfAny):
     # -- Python's surface
 
     def done(self) -> bool:
-        return self._state in (_futures.FINISHED, _futures.CANCELLED_AND_NOTIFIED)
+        return self._state is not _futures.PENDING
 
     def cancelled(self) -> bool:
         return self._state == _futures.CANCELLED_AND_NOTIFIED
@@ -2731,31 +2737,36 @@ class Link(_Owner):
     def _read(self) -> None:
         """Takes what is there, without waiting. No user code runs here."""
         with self.lock:
-            if self.closed is None:
-                self.connection.receive()
+            if self.closed is None and (self.connection.receive() or self.connection.ended):
                 self._take()
         if self.reader not in (0, threading.get_ident()):
             self._signal(self.waken)        # it sleeps in `poll`, and what it sleeps for may just have been taken
 
     def _take(self) -> None:
+        pending, result = self.pending, Kind.RESULT
         with self.lock:
-            for kind, id, _, payload in self.connection.decoder:
-                m = self.pending.get(id)
-                if kind == Kind.RESULT:
+            for message in self.connection.decoder:
+                if message[0] == result:
+                    m = pending.get(message[1])
                     if m is not None:
-                        self._resolve(m, payload)
-                elif kind == Kind.COUNTS:
-                    self.counts = COUNTS.unpack(payload)
-                elif kind == Kind.LOST:
-                    if m is not None:
-                        report = json.loads(payload)
-                        self._resolve(m, (LaunchError if report["launch"] else MiraiConnectionReset)(report["text"]))
-                elif kind == Kind.NO_LAUNCH:
-                    self.launch_error = json.loads(payload)["text"]
+                        self._resolve(m, message[3])
+                else:
+                    self._take_notice(message)
             if self.connection.ended:
                 self._end()
             if self.sleepers:
                 self._wake_sleepers()
+
+    def _take_notice(self, message: Message) -> None:
+        """What is no result."""
+        m = self.pending.get(message.id)
+        if message.kind == Kind.COUNTS:
+            self.counts = COUNTS.unpack(message.payload)
+        elif message.kind == Kind.NO_LAUNCH:
+            self.launch_error = decode_json(message)["text"]
+        elif message.kind == Kind.LOST and m is not None:
+            report = decode_json(message)
+            self._resolve(m, (LaunchError if report["launch"] else MiraiConnectionReset)(report["text"]))
 
     def _wake_sleepers(self) -> None:
         """Those whose wait is over, the lock held."""
