@@ -1296,8 +1296,9 @@ class Connection:
             item = self._outgoing[0]
             frame, sent = item[0], sum(item[1:]) if len(item) > 1 else 0
             if sent < len(frame):
+                whole = not sent and len(frame) <= READ_LARGE       # else in pieces: PyPy copies what it is given
                 try:
-                    item.extend(map(self._send, (memoryview(frame)[sent:] if sent else frame,)))
+                    item.extend(map(self._send, (frame if whole else memoryview(frame)[sent:sent + READ_LARGE],)))
                 except (BlockingIOError, InterruptedError):
                     return False
                 sent += item[-1]
@@ -1958,6 +1959,7 @@ class _Daemon:
         try:
             self.armed = message.id
             if self.inbox.cancelled() == message.id:
+                self.armed = 0
                 raise _Interrupted
             outcome = evaluate(message.payload)
             self.armed = 0
@@ -2258,9 +2260,10 @@ class Nursery:
         if dispatcher.control is not None:
             self.selector.unregister(dispatcher.control)
             dispatcher.control.close()
-        self.control.send(encode_json(Kind.ENDED, {
-            "pid": dispatcher.pid, "status": dispatcher.status,
-            "words": dispatcher.tail.decode(errors="replace")}, dispatcher.job))
+        with contextlib.suppress(OSError):          # the host has ended, which is noticed next
+            self.control.send(encode_json(Kind.ENDED, {
+                "pid": dispatcher.pid, "status": dispatcher.status,
+                "words": dispatcher.tail.decode(errors="replace")}, dispatcher.job))
 
     def _report(self, dispatcher: _Child, launch: tuple[int, int], pid: int, status: int, words: str) -> None:
         if dispatcher.control is not None:
@@ -2453,8 +2456,8 @@ class _Owner:
         """Resolves `m` with `error` and calls the work off; False where it had resolved."""
         raise NotImplementedError
 
-    def watched(self) -> None:
-        """Somebody waits by other means than `wait()`: a callback, `as_completed`, another thread's event."""
+    def watched(self, callback: bool) -> None:
+        """Somebody waits by other means than `wait()`: a callback, or `as_completed` and its kin."""
         raise NotImplementedError
 
     def call_back(self, m: Mirai) -> None:
@@ -2498,7 +2501,7 @@ class Mirai(FutureOfAny):
         """Only for what `Future.__init__` would have made."""
         if name in ("_waiters", "_done_callbacks"):
             made = self.__dict__.setdefault(name, [])
-            self._owner.watched()
+            self._owner.watched(name == "_done_callbacks")
             return made
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -2584,6 +2587,9 @@ class Mirai(FutureOfAny):
             return value
         original = getattr(value, "original", None)
         if original is None:
+            asyncio = sys.modules.get("asyncio")        # too slow an import to be ours
+            if asyncio is not None and asyncio.TimeoutError not in MiraiTimeout.__mro__:    # until 3.10, a class apart
+                MiraiTimeout.__bases__ += (asyncio.TimeoutError,)
             raise value.with_traceback(None)
         raise original.with_traceback(None) from value
 
@@ -2606,8 +2612,6 @@ class Mirai(FutureOfAny):
 
     def _await(self) -> Generator[Any, None, None]:
         import asyncio
-        if asyncio.TimeoutError not in MiraiTimeout.__mro__:        # until 3.10 a class of its own, and slow to import
-            MiraiTimeout.__bases__ += (asyncio.TimeoutError,)
         loop = asyncio.get_running_loop()
         waiter = _LoopWaiter(loop)
         with self._condition:
@@ -2772,8 +2776,13 @@ class Link(_Owner):
         """Those whose wait is over, the lock held."""
         for gate, done in list(self.sleepers.items()):
             if done() or self.closed is not None:
-                del self.sleepers[gate]
-                gate.release()
+                self._let_go(gate)
+
+    def _let_go(self, gate: Any) -> None:
+        """Released first and forgotten after: an interrupt in between leaves nobody asleep."""
+        if gate.locked():
+            gate.release()
+        self.sleepers.pop(gate, None)
 
     def _resolve(self, m: Mirai, outcome: bytes | ErrorValue) -> bool:
         """Settled first and forgotten after: an interrupt in between repeats it, which changes nothing."""
@@ -2854,10 +2863,8 @@ class Link(_Owner):
         """A reader has left: one of those asleep reads on."""
         if self.sleepers:
             with self.lock:
-                for gate in self.sleepers:
-                    del self.sleepers[gate]
-                    gate.release()
-                    return
+                for gate in list(self.sleepers)[:1]:
+                    self._let_go(gate)
 
     def _rouse(self) -> None:
         """Something was resolved without a message: all who wait look again."""
@@ -2929,18 +2936,19 @@ class Link(_Owner):
         self._rouse()
         return True
 
-    def watched(self) -> None:
+    def watched(self, callback: bool) -> None:
+        global _callbacks
+        if callback and _callbacks is None:     # now, as an interpreter that ends can start no thread any more
+            import queue
+            _callbacks = queue.SimpleQueue()
+            threading.Thread(target=_run_callbacks, args=(_callbacks,), name="mirai-callbacks", daemon=True).start()
         if not self.eager:
             self.eager = True
             self._prompt()
 
     def call_back(self, m: Mirai) -> None:
-        global _callbacks
-        if _callbacks is None:
-            import queue
-            _callbacks = queue.SimpleQueue()
-            threading.Thread(target=_run_callbacks, args=(_callbacks,), name="mirai-callbacks", daemon=True).start()
-        _callbacks.put(m)
+        if _callbacks is not None:      # else a forked child's, whose parent runs them
+            _callbacks.put(m)
 
     def add_loop(self, loop: Any) -> None:
         with self.lock:
@@ -2949,7 +2957,7 @@ class Link(_Owner):
             try:
                 loop.add_reader(self.connection.fileno(), self._read_on_loop)
             except NotImplementedError:         # Windows' default loop: the thread reads
-                self.watched()
+                self.watched(False)
 
     def remove_loop(self, loop: Any) -> None:
         with self.lock:
@@ -3068,12 +3076,14 @@ def _get_nursery() -> NurseryHandle:
 
 def _at_exit() -> None:
     """The host ends: promptly, and with all that it started."""
-    for profile in [*_profiles.values(), *_ephemeral]:
-        profile.link.close("the host process ended")
-    _profiles.clear()
-    _ephemeral.clear()
-    while _nursery:
-        _nursery.pop().close()
+    try:
+        for profile in [*_profiles.values(), *_ephemeral]:
+            profile.link.close("the host process ended")
+    finally:
+        _profiles.clear()
+        _ephemeral.clear()
+        while _nursery:
+            _nursery.pop().close()
 
 
 def _after_fork() -> None:
@@ -3278,6 +3288,16 @@ class with_daemons(contextlib.ContextDecorator):
     def __init__(self, compute: str) -> None:
         self.compute = compute
         self._tokens: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("tokens", default=())
+
+    def __call__(self, f: Any) -> Any:
+        if not getattr(f, "__code__", None) or not f.__code__.co_flags & 0x80:      # CO_COROUTINE
+            return super().__call__(f)
+
+        @functools.wraps(f)
+        async def inside(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return await f(*args, **kwargs)
+        return inside
 
     def __enter__(self) -> None:
         require_daemons(self.compute)

@@ -4991,7 +4991,8 @@ class TestLink(Case):
                 took.append(time.perf_counter() - start)
         median = statistics.median(took) * 1000
         print(f"(median {median:.2f} ms) ", end="", file=sys.stderr)
-        self.assertLessEqual(median, 5.0, f"median of 40: {median:.2f} ms")
+        most = 25.0 if PYPY else 5.0        # PyPy has not compiled the dispatcher's rarer paths by then
+        self.assertLessEqual(median, most, f"median of 40: {median:.2f} ms")
 
     def test_an_interrupt_that_falls_right_before_a_blocking_call_is_not_lost(self):
         def sleep_just_when_it_came(address):
