@@ -15,7 +15,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import faulthandler
 import functools
 import gc
@@ -29,7 +28,6 @@ import pwd
 import random
 import re
 import resource
-import selectors
 import shutil
 import signal
 import socket
@@ -43,7 +41,6 @@ import threading
 import time
 import types
 import unittest
-import weakref
 
 import mirai
 from mirai import (MiraiCancelled, MiraiConnectionReset, MiraiError, MiraiInterrupt, MiraiTimeout, call_mirai, daemons,
