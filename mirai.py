@@ -561,8 +561,8 @@ def _reduce_class(cls: type) -> tuple[Any, ...]:
     if "_member_map_" in vars(cls) and "_member_names_" in vars(cls):
         return _reduce_enum(token, cls)
     body = {name: value for name, value in vars(cls).items()
-            if name not in ("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__",
-                            "_abc_impl")
+            if name not in ("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__")
+            and not name.startswith("_abc_")
             and not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))}
     head = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     if "__slots__" in vars(cls):
@@ -2707,8 +2707,8 @@ class Link(_Owner):
         """Sends a task; MiraiConnectionReset where the dispatcher is gone."""
         if self.closed is not None:
             raise MiraiConnectionReset(self.closed)
-        self.pending[m.id] = m
         try:
+            self.pending[m.id] = m
             self._send(encode(Kind.TASK, m.id, payload, min(retries, 65535)))
         except BaseException:
             if self.pending.pop(m.id, None) is not None and self.closed is not None:
