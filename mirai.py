@@ -1193,12 +1193,7 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
     if address.scheme == "ipc":
         sock = socket.socket(socket.AF_UNIX)
         try:
-            if os.path.exists(address.host):
-                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-            sock.bind(address.host + "~")
-            os.chmod(address.host + "~", 0o600)
-            sock.listen(1024)
-            os.rename(address.host + "~", address.host)     # under its name it answers, or is dead and swept away
+            _bind_unix(sock, address.host)
         except OSError as error:
             sock.close()
             raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror}") from None
@@ -1208,6 +1203,20 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
     except OSError as error:
         raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror}") from None
     return sock, address._replace(port=sock.getsockname()[1])
+
+
+def _bind_unix(sock: socket.socket, path: str) -> None:
+    """Binds and listens; under its own name the socket answers from the first moment, or is dead and swept away."""
+    if os.path.exists(path):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    try:
+        sock.bind(path + "~")
+    except FileNotFoundError:       # another host's nursery took the empty run-time directory with it
+        runtime_dir()
+        sock.bind(path + "~")
+    os.chmod(path + "~", 0o600)
+    sock.listen(1024)
+    os.rename(path + "~", path)
 
 
 def _family(address: Address) -> int:
@@ -2092,6 +2101,8 @@ class Nursery:
             _kill_group(child.pid)
         for dispatcher in self.dispatchers.values():
             self._remove_files(dispatcher)
+        with contextlib.suppress(OSError):          # other hosts' sockets are in it
+            os.rmdir(runtime_dir())
 
     def _remove_files(self, dispatcher: _Child) -> None:
         for path in dispatcher.files:
