@@ -126,11 +126,13 @@ CLOSE_TIME = 5.0            # for what should take milliseconds; where it does n
 START_TIME = 60.0           # for the nursery and the first dispatcher, on a machine that swaps
 MAX_FAILED_STARTS = 5       # launches that end in a row before one is ready: after so many it is not bad luck (crew's)
 SPINS = 50                  # times a waiter looks before it sleeps in `poll`: a wake-up costs more than a short task
+WAIT_MOST = 1e6             # seconds in one wait: poll() takes no more than 2**31 ms; whoever waits longer repeats it
 DOZE = 0.005                # the link's own thread leaves the reading to a waiter that was there so recently
 COUNTS_EVERY = 0.02         # how stale `status()` may be: less costs a frame per task
 LAST_WORDS = 4096           # the tail of a daemon's stderr that is kept to explain its end
 EPHEMERAL_PER_CPU = 4       # processes at once without daemons set: more would only swap
 CACHED_CODES = 4096         # code objects whose bytes are remembered, on either side
+CO_COROUTINE = 0x80         # in a code object's flags; `inspect` has it, but is slow to import
 SLOT_WORDS = 2              # words of the shared page per local daemon: which task to interrupt, which has begun
 SLOTS = 65536               # local daemons a dispatcher can have in its lifetime at once; untouched pages cost nothing
 
@@ -352,8 +354,10 @@ class Decoder:
     def __iter__(self) -> Iterator[Message]:
         """Raises ProtocolError on another version's frames, or (before the body is there) on too long ones."""
         while (found := self._peek()) is not None:
+            buffer = self._state[0]
             yield found[0]
-            self._state = (self._state[0], found[1], self._state[2], 0)
+            if self._state[0] is buffer:        # else a nested reader has gone on
+                self._state = (buffer, max(found[1], self._state[1]), self._state[2], 0)
 
     def pop(self) -> Message | None:
         """Takes one message; None where none is complete."""
@@ -1102,7 +1106,7 @@ def runtime_dir() -> str:
     own = os.getuid() if hasattr(os, "getuid") else "user"
     run = os.environ.get("XDG_RUNTIME_DIR")
     path = os.path.join(tempfile.gettempdir(), f"mirai-{own}")
-    if run and os.path.isdir(run):
+    if run and os.path.isdir(run) and (os.name != "posix" or os.stat(run).st_uid == own):      # not after `su`
         path = os.path.join(run, "mirai")
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
@@ -1117,10 +1121,11 @@ def local_url(tcp: bool = False, port: int = 0) -> str:
     on `port`, 0 for a free one."""
     if tcp or not hasattr(socket, "AF_UNIX"):
         return f"tcp://127.0.0.1:{port}"
-    path = os.path.join(runtime_dir(), os.urandom(8).hex())
-    if len(os.fsencode(path)) > 100:        # sun_path holds 108 bytes on Linux, 104 on macOS
-        return f"tcp://127.0.0.1:{port}"
-    return f"ipc://{path}"
+    with contextlib.suppress(OSError):
+        path = os.path.join(runtime_dir(), os.urandom(8).hex())
+        if len(os.fsencode(path)) <= 100:       # sun_path holds 108 bytes on Linux, 104 on macOS
+            return f"ipc://{path}"
+    return f"tcp://127.0.0.1:{port}"            # the key keeps others out there as well
 
 
 def parse_key(key: str | bytes) -> bytes:
@@ -1143,6 +1148,12 @@ def write_key_file(url: str, key: bytes) -> str:
     return path
 
 
+def _age(path: str) -> float:
+    with contextlib.suppress(OSError):
+        return time.time() - os.path.getmtime(path)
+    return math.inf
+
+
 def _passing_over() -> contextlib.suppress:
     """For key files that went away, or that hold something else."""
     return contextlib.suppress(OSError, ValueError, KeyError, TypeError)
@@ -1154,12 +1165,12 @@ def find_key(url: str) -> bytes:
         return parse_key(os.environ["MIRAI_KEY"])
     with contextlib.suppress(OSError):
         directory = runtime_dir()
-        for name in os.listdir(directory):
-            if name.endswith(".key"):
-                with _passing_over(), open(os.path.join(directory, name)) as file:
-                    entry = json.load(file)
-                    if entry["url"] == url:
-                        return parse_key(entry["key"])
+        paths = [os.path.join(directory, name) for name in os.listdir(directory) if name.endswith(".key")]
+        for path in sorted(paths, key=_age):        # the newest: some may be left from a profile that was killed
+            with _passing_over(), open(path) as file:
+                entry = json.load(file)
+                if entry["url"] == url:
+                    return parse_key(entry["key"])
     raise Refused(f"no key for {url}: no profile of this user listens there, or its host is gone; give the key in "
                   "MIRAI_KEY or with --key-file")
 
@@ -1196,7 +1207,7 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
             _bind_unix(sock, address.host)
         except OSError as error:
             sock.close()
-            raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror}") from None
+            raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror or error}") from None
         return sock, address
     try:
         sock = socket.create_server((address.host, address.port), family=_family(address), backlog=1024)
@@ -1223,34 +1234,30 @@ def _family(address: Address) -> int:
     return socket.AF_INET6 if ":" in address.host else socket.AF_INET
 
 
-def wait_ready(fds: Iterable[int], timeout: float | None, write: bool = False) -> list[int]:
-    """Those of `fds` that can be read (or written) without waiting, after at most `timeout` seconds."""
-    timeout = None if timeout is None else max(0.0, timeout)
-    if not hasattr(select, "poll"):
-        ready = select.select([] if write else fds, fds if write else [], [], timeout)
-        return ready[0] + ready[1]
-    poller = select.poll()
-    for fd in fds:
-        poller.register(fd, select.POLLOUT if write else select.POLLIN)
-    return [fd for fd, _ in poller.poll(None if timeout is None else math.ceil(timeout * 1000))]
-
-
 class Poller:
-    """`wait_ready` for the same descriptors again and again, for reading; one thread at a time."""
+    """Waits for descriptors, the same ones again and again; one thread at a time."""
 
-    def __init__(self, *fds: int) -> None:
-        self.fds = fds
+    def __init__(self, *fds: int, write: bool = False) -> None:
+        self._fds, self._write = fds, write
         self._poll = None
         if hasattr(select, "poll"):
             poller = select.poll()
             for fd in fds:
-                poller.register(fd, select.POLLIN)
+                poller.register(fd, select.POLLOUT if write else select.POLLIN)
             self._poll = poller.poll
 
     def wait(self, timeout: float | None) -> list[int]:
-        if self._poll is None:
-            return wait_ready(self.fds, timeout)
-        return [fd for fd, _ in self._poll(None if timeout is None else max(0, math.ceil(timeout * 1000)))]
+        """Those that can be read (or written) without waiting, after `timeout` seconds or WAIT_MOST at most."""
+        timeout = None if timeout is None else min(max(0.0, timeout), WAIT_MOST)
+        if self._poll is not None:
+            return [fd for fd, _ in self._poll(None if timeout is None else math.ceil(timeout * 1000))]
+        fds, none = self._fds, ()
+        readable, writable, _ = select.select(none if self._write else fds, fds if self._write else none, none, timeout)
+        return readable + writable
+
+
+def wait_ready(fd: int, timeout: float | None, write: bool = False) -> bool:
+    return bool(Poller(fd, write=write).wait(timeout))
 
 
 class Connection:
@@ -1296,6 +1303,10 @@ class Connection:
         self._outgoing.append([frame])
         return self.flush()
 
+    def leave(self, frame: bytes) -> None:
+        """Adds a frame to what `flush()` sends, in any thread, whoever is sending."""
+        self._outgoing.append([frame])
+
     def flush(self) -> bool:
         """False where the socket takes no more for now. OSError where the connection is broken."""
         if self._batch:
@@ -1310,10 +1321,10 @@ class Connection:
                     item.extend(map(self._send, (frame if whole else memoryview(frame)[sent:sent + READ_LARGE],)))
                 except (BlockingIOError, InterruptedError):
                     return False
-                sent += item[-1]
                 if len(item) > 64:
                     item[1:] = [sum(item[1:])]
-            if sent >= len(frame):
+                sent = sum(item[1:])
+            if sent >= len(frame) and self._outgoing and self._outgoing[0] is item:     # not sent by a nested call
                 self._outgoing.popleft()
         return True
 
@@ -1588,7 +1599,7 @@ class Dispatcher:
         assert peer.shake is not None
         answer, about = peer.shake.receive(message), peer.shake.peer
         if peer.shake.done:
-            role, slot, serial = about["role"], about.get("slot"), about.get("serial", 0)
+            role, slot, serial = about["role"], about.get("slot"), about.get("serial") or -1
             if role == "host" and self.host is not None:
                 raise Refused("this dispatcher has a host")
             if slot is not None and (self.serials.get(slot) != serial or slot in self.joined):
@@ -1659,7 +1670,7 @@ class Dispatcher:
             begun = self.page[peer.launch[0] * SLOT_WORDS + 1] == task
         else:
             begun = peer.last_task in (-1, task)
-        self.why = describe_loss(peer.name, how, words)
+        self.why = self.last_words = describe_loss(peer.name, how, words)
         self._do(self.core.lost(peer.number, begun))
 
     # -- what peers say
@@ -1677,6 +1688,8 @@ class Dispatcher:
             first = len(self.specs)
             slots = range(first, min(first + wish["n"], SLOTS))
             self.specs.update(dict.fromkeys(slots or self.specs, wish["spec"]))     # n = 0: for those there are
+            for daemon in list(self.core.idle) if not slots else ():                # and those that idle are outdated
+                self._at_end(self.peers[daemon])
             self._do(self.core.launch(slots))
         else:
             raise ProtocolError(f"{message!r} from a host")
@@ -1769,6 +1782,8 @@ class Dispatcher:
     def _launch(self, effect: Any) -> None:
         serial = next(self.numbers)
         self.serials[effect.slot] = serial
+        for word in range(effect.slot * SLOT_WORDS, (effect.slot + 1) * SLOT_WORDS):
+            self.page[word] = 0                 # what its last daemon had begun
         self.to_fork.append((effect.slot, serial))
 
     def _fork(self) -> None:
@@ -1817,8 +1832,14 @@ def daemon(url: str, *, idletime: float = math.inf, walltime: float = math.inf, 
     dispatcher can't be reached, `Refused` where either side refuses the other.
     """
     check_daemon_options({"idletime": idletime, "walltime": walltime, "maxtasks": maxtasks})
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("daemon() needs the main thread of a process of its own: that is where tasks run")
     connection = dial(url, find_key(url) if key is None else parse_key(key), "daemon", {})
-    return _Daemon(_ThreadInbox(connection), idletime, walltime, maxtasks).run()
+    inbox = _ThreadInbox(connection)
+    try:
+        return _Daemon(inbox, idletime, walltime, maxtasks).run()
+    finally:
+        inbox.over = True
 
 
 def check_daemon_options(options: Mapping[str, Any]) -> None:
@@ -1874,7 +1895,7 @@ class _PageInbox:
             message = connection.decoder.pop()
             if message is not None:
                 return message
-            if timeout != math.inf and not wait_ready([connection.fileno()], timeout):
+            if timeout != math.inf and not wait_ready(connection.fileno(), timeout):
                 raise TimeoutError
             if not connection.receive():
                 return None
@@ -1889,6 +1910,7 @@ class _ThreadInbox:
         self.connection = connection
         self.stops_on_ctrl_c = True
         self.signalled = False          # by this thread: the next SIGINT is no Ctrl-C
+        self.over = False               # the daemon has ended by itself
         self._cancelled = 0
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._empty = queue.Empty
@@ -1902,7 +1924,7 @@ class _ThreadInbox:
 
     def get(self, timeout: float) -> Message | None:
         try:
-            return self._messages.get(timeout=None if timeout == math.inf else timeout)
+            return self._messages.get(timeout=None if timeout == math.inf else max(0.0, timeout))
         except self._empty:
             raise TimeoutError from None
 
@@ -1920,7 +1942,8 @@ class _ThreadInbox:
         finally:
             self._messages.put(None)
             time.sleep(GRACE)       # an idle daemon has long ended by itself
-            os._exit(0)
+            if not self.over:
+                os._exit(0)
 
 
 class _Daemon:
@@ -1929,7 +1952,8 @@ class _Daemon:
     def __init__(self, inbox: _PageInbox | _ThreadInbox, idletime: float, walltime: float, maxtasks: float) -> None:
         self.inbox = inbox
         self.idletime, self.maxtasks = idletime, maxtasks
-        self.end = time.monotonic() + walltime
+        self.idle_since = time.monotonic()
+        self.end = self.idle_since + walltime
         self.limited = min(idletime, walltime, maxtasks) < math.inf
         self.armed = 0              # the task that a signal may interrupt now
         self.stopping = False       # Ctrl-C in the terminal of a daemon started by hand
@@ -1944,12 +1968,15 @@ class _Daemon:
                 try:
                     message = self.inbox.get(self._patience() if self.limited else math.inf)
                 except TimeoutError:
+                    if self._patience() > 0:        # longer than one wait can be
+                        continue
                     return self._leave(WALLTIME if time.monotonic() >= self.end else IDLETIME)
                 if message is None:
                     return DIED
                 outcome = self._run(message)
                 done += 1
                 if self.limited or self.stopping:
+                    self.idle_since = time.monotonic()
                     why = MAXTASKS if done >= self.maxtasks else WALLTIME if time.monotonic() >= self.end else DIED
                     if why or self.stopping:
                         return self._leave(why, message.id, outcome)
@@ -1958,7 +1985,7 @@ class _Daemon:
             return DIED
 
     def _patience(self) -> float:
-        return min(self.idletime, max(0.0, self.end - time.monotonic()))
+        return min(self.idle_since + self.idletime, self.end, time.monotonic() + WAIT_MOST) - time.monotonic()
 
     def _run(self, message: Message) -> bytes:
         """Evaluates a task. The interrupt that is meant for it is raised only between arming and disarming, once."""
@@ -1987,7 +2014,7 @@ class _Daemon:
         with contextlib.suppress(OSError):
             connection.sock.shutdown(socket.SHUT_WR)
             if isinstance(self.inbox, _PageInbox):
-                wait_ready([connection.fileno()], GRACE)
+                wait_ready(connection.fileno(), GRACE)
         return why
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
@@ -2047,6 +2074,7 @@ class Nursery:
         self.dispatchers: dict[int, _Child] = {}            # by job, until it and its daemons have ended
         self.to_fork: deque[tuple[_Child, tuple[int, int], Mapping[str, Any]]] = deque()
         self.to_kill: list[tuple[float, int]] = []          # when, process id
+        self.unsent: set[Connection] = set()                # to peers that are stopped, say: nobody is waited for
         self.wake, wakeup = socket.socketpair()
         for sock in (self.wake, wakeup):
             sock.setblocking(False)
@@ -2073,6 +2101,8 @@ class Nursery:
                     return self.become
             self._reap()
             self._kill_due()
+            for connection in list(self.unsent):
+                self._tell(connection)
             if os.getppid() != self.host:
                 self.ending = True
         self._end()
@@ -2081,9 +2111,19 @@ class Nursery:
     def _timeout(self) -> float | None:
         if self.to_fork:
             return 0.0
+        if self.unsent:
+            return 0.02
         if self.to_kill:
             return max(0.0, min(self.to_kill)[0] - time.monotonic())
         return None if self.watches else 0.1
+
+    def _tell(self, connection: Connection, frame: bytes = b"") -> None:
+        """Sends what can be sent now; the rest later. A peer that is gone is noticed when it is read from."""
+        try:
+            done = connection.send(frame) if frame else connection.flush()
+        except OSError:
+            done = True
+        (self.unsent.discard if done else self.unsent.add)(connection)
 
     def _watch_host(self) -> None:
         """The end of the control pipe is not enough: a child that the host forked may hold it open."""
@@ -2116,7 +2156,10 @@ class Nursery:
         while (message := self.control.decoder.pop()) is not None:
             content = decode_json(message)
             if message.kind == Kind.START:
-                self._start_dispatcher(message.id, content)
+                try:
+                    self._start_dispatcher(message.id, content)
+                except OSError as error:
+                    self._report_end(message.id, 0, 1, f"it could not be forked: {error}")
                 if self.become is not None:
                     return
             elif message.kind == Kind.SIGNAL and message.id in self.dispatchers:
@@ -2131,16 +2174,21 @@ class Nursery:
             content = decode_json(message)
             if message.kind == Kind.LISTENING:
                 child.files = content["files"]
-                self.control.send(encode_json(Kind.LISTENING, content, child.job))
+                self._tell(self.control, encode_json(Kind.LISTENING, content, child.job))
             elif message.kind == Kind.FORK:
                 spec = {**content["spec"], "url": content["url"]}
                 self.to_fork.extend((child, tuple(launch), spec) for launch in content["launches"])
             elif message.kind == Kind.SIGNAL:
                 self._signal(child.job, content["pid"], content["signal"])
         if child.control.ended:
-            self.selector.unregister(child.control)
-            child.control.close()
-            child.control = None
+            self._hang_up(child)
+
+    def _hang_up(self, dispatcher: _Child) -> None:
+        if dispatcher.control is not None:
+            self.selector.unregister(dispatcher.control)
+            self.unsent.discard(dispatcher.control)
+            dispatcher.control.close()
+            dispatcher.control = None
 
     def _signal(self, job: int, pid: int, signum: int) -> None:
         child = self.children.get(pid)      # not yet reaped, so the number is still its own
@@ -2157,12 +2205,12 @@ class Nursery:
         control, theirs = socket.socketpair()
         page = mmap.mmap(-1, SLOTS * SLOT_WORDS * 8)        # anonymous and shared: what is forked from here has it
         words = memoryview(page).cast("Q")
-        child = self._fork("dispatcher", job, theirs,
-                           lambda: Dispatcher(spec, Connection(theirs), words).run())
+        child = self._fork("dispatcher", job, theirs, lambda: _dispatch(spec, Connection(theirs), words))
         if child is None:
             control.detach()
             return
         theirs.close()
+        control.setblocking(False)
         child.page, child.control, child.key = words, Connection(control), spec["key"]
         self.dispatchers[job] = child
         self.selector.register(child.control, selectors.EVENT_READ, functools.partial(self._from_dispatcher, child))
@@ -2203,7 +2251,10 @@ class Nursery:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.dup2(stderr, 2)
+        if sys.stderr is None:
+            sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)     # noqa: SIM115
         self.selector.close()
         for sock in (self.control.sock, self.wake, self.wakeup):
             sock.detach()
@@ -2268,19 +2319,17 @@ class Nursery:
         """A dispatcher and all that belongs to it have ended: the host may know."""
         del self.dispatchers[dispatcher.job]
         self._remove_files(dispatcher)
-        if dispatcher.control is not None:
-            self.selector.unregister(dispatcher.control)
-            dispatcher.control.close()
-        with contextlib.suppress(OSError):          # the host has ended, which is noticed next
-            self.control.send(encode_json(Kind.ENDED, {
-                "pid": dispatcher.pid, "status": dispatcher.status,
-                "words": dispatcher.tail.decode(errors="replace")}, dispatcher.job))
+        self._hang_up(dispatcher)
+        words = dispatcher.tail.decode(errors="replace")
+        self._report_end(dispatcher.job, dispatcher.pid, dispatcher.status or 0, words)
+
+    def _report_end(self, job: int, pid: int, status: int, words: str) -> None:
+        self._tell(self.control, encode_json(Kind.ENDED, {"pid": pid, "status": status, "words": words}, job))
 
     def _report(self, dispatcher: _Child, launch: tuple[int, int], pid: int, status: int, words: str) -> None:
         if dispatcher.control is not None:
-            with contextlib.suppress(OSError):      # it has ended, which is noticed next
-                dispatcher.control.send(encode_json(Kind.ENDED, {
-                    "slot": launch[0], "serial": launch[1], "pid": pid, "status": status, "words": words}))
+            self._tell(dispatcher.control, encode_json(Kind.ENDED, {
+                "slot": launch[0], "serial": launch[1], "pid": pid, "status": status, "words": words}))
 
     def _kill_due(self) -> None:
         now = time.monotonic()
@@ -2288,6 +2337,16 @@ class Nursery:
             if when <= now and pid in self.children:
                 _kill_group(pid)
         self.to_kill = [(when, pid) for when, pid in self.to_kill if when > now]
+
+
+def _dispatch(spec: Mapping[str, Any], nursery: Connection, page: memoryview) -> int:
+    """A dispatcher's life in a child of the nursery."""
+    try:
+        dispatcher = Dispatcher(spec, nursery, page)
+    except OSError as error:        # its last words: no traceback, as it is the URL that is wrong
+        print(error.strerror or error, file=sys.stderr, flush=True)
+        return 1
+    return dispatcher.run()
 
 
 def _kill_group(pid: int) -> None:
@@ -2310,11 +2369,11 @@ def max_descriptor() -> int:
 def _local_daemon(spec: Mapping[str, Any], key: str, launch: tuple[int, int], page: memoryview) -> int:
     """A daemon's life in a child of the nursery: in the host's environment, directory, path and limits."""
     import faulthandler
-    faulthandler.enable()
+    faulthandler.enable(2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # until there is a task, the page says what is cancelled
     os.environ.clear()
     os.environ.update(spec["env"])
-    if spec["cwd"]:
+    with contextlib.suppress(OSError):      # it was removed meanwhile: they stay where they are
         os.chdir(spec["cwd"])
     sys.path[:] = spec["path"]
     if spec["nofile"]:
@@ -2330,8 +2389,11 @@ def nursery_main(host: int) -> int:
     import resource
     for signum in (signal.SIGINT, signal.SIGHUP):       # for the host: it tells us by ending
         signal.signal(signum, signal.SIG_IGN)
-    control = socket.socket(fileno=os.dup(0))
     devnull = os.open(os.devnull, os.O_RDWR)
+    while devnull <= 2:             # the host had closed its standard descriptors
+        devnull = os.open(os.devnull, os.O_RDWR)
+    control = socket.socket(fileno=os.dup(0))
+    control.setblocking(False)
     os.dup2(devnull, 0)
     os.closerange(3, control.fileno())
     os.closerange(control.fileno() + 1, max_descriptor())
@@ -2368,8 +2430,12 @@ class NurseryHandle:
     def start(self, spec: Mapping[str, Any]) -> tuple[int, str]:
         """A dispatcher: its job number, and the URL it listens at. LaunchError where there will be none."""
         job = next(self._jobs)
-        self._send(encode_json(Kind.START, spec, job))
-        self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
+        try:
+            self._send(encode_json(Kind.START, spec, job))
+            self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
+        except BaseException:
+            self.kill(job)
+            raise
         if job not in self._listening:
             raise LaunchError(f"the dispatcher did not start; {self.describe_end(job, 0.0)}")
         return job, self._listening.pop(job)["url"]
@@ -2396,7 +2462,7 @@ class NurseryHandle:
             done = self.connection.send(frame)
             deadline = time.monotonic() + CLOSE_TIME
             while not done and time.monotonic() < deadline:
-                wait_ready([self.connection.fileno()], deadline - time.monotonic(), write=True)
+                wait_ready(self.connection.fileno(), deadline - time.monotonic(), write=True)
                 done = self.connection.flush()
 
     def _read_until(self, done: Callable[[], bool], timeout: float) -> None:
@@ -2405,7 +2471,7 @@ class NurseryHandle:
             left = deadline - time.monotonic()
             if left < 0:
                 return
-            wait_ready([self.connection.fileno()], min(left, 0.05))     # another thread may read what we wait for
+            wait_ready(self.connection.fileno(), min(left, 0.05))     # another thread may read what we wait for
             with self._lock:
                 self.connection.receive()
                 for message in self.connection.decoder:
@@ -2416,7 +2482,7 @@ class NurseryHandle:
         if self.connection.ended:
             return False
         with self._lock:
-            if wait_ready([self.connection.fileno()], 0):
+            if wait_ready(self.connection.fileno(), 0):
                 self.connection.receive()
         return not self.connection.ended
 
@@ -2573,6 +2639,14 @@ class Mirai(FutureOfAny):
     def cancelled(self) -> bool:
         return self._state == _futures.CANCELLED_AND_NOTIFIED
 
+    def set_result(self, result: Any) -> NoReturn:
+        raise concurrent.futures.InvalidStateError("a mirai is resolved by its task alone")
+
+    set_exception = set_running_or_notify_cancel = set_result      # type: ignore[assignment]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a mirai stays in the process that made it: send its value, m.result()")
+
     def running(self) -> bool:
         """False: where a task is in the queue, the host does not ask."""
         return False
@@ -2647,10 +2721,10 @@ class _LoopWaiter:
         self.thread = threading.get_ident()
 
     def add_result(self, _: Any) -> None:
-        if threading.get_ident() == self.thread:
-            self._wake()
-        else:
-            with contextlib.suppress(RuntimeError):     # that loop was closed, and nobody waits on it any more
+        with contextlib.suppress(RuntimeError):     # that loop was closed, and nobody waits on it any more
+            if threading.get_ident() == self.thread:
+                self._wake()
+            else:
                 self.loop.call_soon_threadsafe(self._wake)
 
     add_exception = add_cancelled = add_result
@@ -2691,9 +2765,9 @@ class Link(_Owner):
         connection.sock.setblocking(False)
         self.describe_end = describe_end
         self.lock = threading.RLock()
-        self.sending = threading.Lock()
+        self.sending = threading.RLock()        # reentrant as well: finalizers and signal handlers may use mirais
         self.pending: dict[int, Mirai] = {}
-        self.deadlines: list[tuple[float, int, Mirai]] = []
+        self.deadlines: list[tuple[float, int]] = []
         self.counts = (0, 0, 0, 0, 0)
         self.completed = 0
         self.launch_error: str | None = None    # why launching was given up
@@ -2708,6 +2782,7 @@ class Link(_Owner):
         self.wakened, self.waken = os.pipe()    # ends a waiter's poll
         for fd in (self.nudged, self.nudge, self.wakened, self.waken):
             os.set_blocking(fd, False)
+        self.closing = False
         self.released = False                   # the descriptors are closed: their numbers may be somebody else's
         self.thread = threading.Thread(target=self._mind, name="mirai-link", daemon=True)
         self.thread.start()
@@ -2722,13 +2797,12 @@ class Link(_Owner):
             self.pending[m.id] = m
             self._send(encode(Kind.TASK, m.id, payload, min(retries, 65535)))
         except BaseException:
-            if self.pending.pop(m.id, None) is not None and self.closed is not None:
-                raise MiraiConnectionReset(self.closed) from None
+            self.pending.pop(m.id, None)
             raise
         if timeout is not None:
             with self.lock:
-                heapq.heappush(self.deadlines, (time.monotonic() + timeout, m.id, m))
-                first = self.deadlines[0][2] is m
+                heapq.heappush(self.deadlines, (time.monotonic() + timeout, m.id))
+                first = self.deadlines[0][1] == m.id
             if first:
                 self._prompt()
 
@@ -2737,11 +2811,11 @@ class Link(_Owner):
             try:
                 done = self.connection.send(frame)
                 while not done:     # as long as it takes: a dispatcher that is stopped is slow, not dead
-                    wait_ready([self.connection.fileno()], None, write=True)
+                    wait_ready(self.connection.fileno(), None, write=True)
                     done = self.connection.flush()
             except OSError:
                 self._end()
-                raise
+                raise MiraiConnectionReset(self.closed) from None
 
     def launch(self, n: int, spec: Mapping[str, Any]) -> None:
         self.launch_error = None
@@ -2866,7 +2940,8 @@ class Link(_Owner):
                 return
             self.sleepers[gate] = done
         try:
-            gate.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic()))
+            left = WAIT_MOST if deadline is None else min(deadline - time.monotonic(), WAIT_MOST)
+            gate.acquire(timeout=max(0.0, left))
         finally:
             self.sleepers.pop(gate, None)
 
@@ -2901,7 +2976,7 @@ class Link(_Owner):
         dozing, left_at = False, -1
         poller = Poller(self.connection.fileno(), self.nudged)
         while self.closed is None:
-            reads, timeout = self.reads, self._expire()
+            reads, timeout = self.reads, min(self._expire(), self._send_left())
             if dozing and not self.eager:
                 self.prompt.wait(min(timeout, DOZE))
                 self.prompt.clear()
@@ -2917,16 +2992,27 @@ class Link(_Owner):
                     left_at = self.reads    # left to them, unless nothing has come of it by the next time
                 dozing = True               # nobody waits for what comes next, or they read it
 
+    def _send_left(self) -> float:
+        """Sends what was left to be sent, unless somebody is sending; seconds until that is worth another try."""
+        if self.connection.pending and self.sending.acquire(blocking=False):    # here no signal handler can raise
+            try:
+                self.connection.flush()
+            except OSError:
+                self._end()
+            finally:
+                self.sending.release()
+        return DOZE if self.connection.pending else math.inf
+
     def _expire(self) -> float:
         """Resolves what is overdue; seconds until the next is."""
         now = time.monotonic()
         overdue = []
         with self.lock:
             self.eager = self.eager and bool(self.pending)
-            while self.deadlines and (self.deadlines[0][0] <= now or self.deadlines[0][2].done()):
-                overdue.append(heapq.heappop(self.deadlines)[2])
+            while self.deadlines and (self.deadlines[0][0] <= now or self.deadlines[0][1] not in self.pending):
+                overdue.append(self.pending.get(heapq.heappop(self.deadlines)[1]))
             left = self.deadlines[0][0] - now if self.deadlines else math.inf
-        for m in overdue:
+        for m in filter(None, overdue):
             self.cancel(m, MiraiTimeout("the mirai did not resolve within its _timeout"))
         return left
 
@@ -2941,10 +3027,9 @@ class Link(_Owner):
         with self.lock:
             if not self._resolve(m, error):
                 return False
-        if self.closed is None:
-            with contextlib.suppress(OSError):
-                self._send(encode(Kind.CANCEL, m.id))
         self._rouse()
+        self.connection.leave(encode(Kind.CANCEL, m.id))    # not sent here: another thread may be in a long send
+        self._prompt()
         return True
 
     def watched(self, callback: bool) -> None:
@@ -2976,9 +3061,11 @@ class Link(_Owner):
             if self.loops[loop]:
                 return
             del self.loops[loop]
-        if self.connection.fileno() >= 0:
+        if not self.released:
             with contextlib.suppress(NotImplementedError):
                 loop.remove_reader(self.connection.fileno())
+        if self.closing:
+            self._close_descriptors()
 
     def _read_on_loop(self) -> None:
         self.reads += 1
@@ -2998,10 +3085,12 @@ class Link(_Owner):
         if threading.current_thread() is not self.thread:
             self.thread.join(CLOSE_TIME)
         with self.sending, self.lock:
+            self.closing = True
             self._close_descriptors()
 
     def _close_descriptors(self) -> None:
-        if self.released:
+        """Once no event loop has them registered: it would take the next socket of that number for ours."""
+        if self.released or not all(loop.is_closed() for loop in self.loops):
             return
         self.released = True
         self.connection.close()
@@ -3011,8 +3100,11 @@ class Link(_Owner):
     def forget(self) -> None:
         """In a forked child of the host, whose threads and connections stayed behind: nothing comes any more.
         The locks may be held by threads that do not exist here, and are made anew."""
-        self.lock, self.sending = threading.RLock(), threading.Lock()
+        self.lock, self.sending = threading.RLock(), threading.RLock()
         self.closed = "the host process was forked; its daemons are its parent's"
+        self.loops.clear()
+        for m in self.pending.values():
+            m.__dict__.pop("_waiters", None)        # their locks may be held by threads that do not exist here
         self._end()
         self._close_descriptors()
 
@@ -3042,8 +3134,12 @@ class _Profile:
         self.name = name
         self.nursery = _get_nursery()
         self.job, self.url = self.nursery.start({"url": url or local_url(), "key": key.hex(), "elastic": elastic})
-        self.link = Link(dial(self.url, key, "host", {}), lambda: self.nursery.describe_end(self.job, 1.0))
-        self.path = list(sys.path)      # what its daemons have: a task is sent the host's where that has changed
+        try:
+            self.link = Link(dial(self.url, key, "host", {}), lambda: self.nursery.describe_end(self.job, 1.0))
+        except BaseException:
+            self.nursery.kill(self.job)
+            raise
+        self.path = import_path()       # what its daemons have: a task is sent the host's where that has changed
         self.spec: Mapping[str, Any] = {}
 
     def launch(self, n: int, options: Mapping[str, Any]) -> None:
@@ -3110,20 +3206,26 @@ def _after_fork() -> None:
     _nursery.clear()
 
 
+def import_path() -> list[str]:
+    """sys.path without what an import passes over, too."""
+    return [entry for entry in sys.path if type(entry) is str]
+
+
 def _daemon_spec(n: int, options: Mapping[str, Any]) -> dict[str, Any]:
     """What local daemons are started with: the host's environment, directory, path and limits, as they are now."""
     env = {name: value for name, value in os.environ.items() if name != "MIRAI_KEY"}
+    threads = "" if all(name in env for name in _THREAD_LIMITS) else str(max(1, cpu_count() // max(1, n)))
     for name in _THREAD_LIMITS:
-        env.setdefault(name, str(max(1, cpu_count() // max(1, n))))
+        env.setdefault(name, threads)
     try:
-        cwd: str | None = os.getcwd()
-    except FileNotFoundError:       # it was removed: they stay where they are
-        cwd = None
+        cwd = os.getcwd()
+    except FileNotFoundError:
+        cwd = "/"
     nofile = None
     with contextlib.suppress(ImportError):
         import resource
         nofile = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return {"env": env, "cwd": cwd, "path": sys.path, "nofile": nofile,
+    return {"env": env, "cwd": cwd, "path": import_path(), "nofile": nofile,
             "options": {name: value for name, value in options.items() if value != math.inf}}
 
 
@@ -3161,7 +3263,8 @@ class Daemons:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _current.reset(self._tokens.pop())
+        with contextlib.suppress(ValueError):       # left in another context, as some test frameworks do
+            _current.reset(self._tokens.pop())
         daemons(0, compute=self.compute)
 
     def __repr__(self) -> str:
@@ -3182,8 +3285,8 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, *, key: str 
     `daemon()`: idletime, walltime, maxtasks.
 
     Returns when the local daemons are ready: a `Daemons`, true when set, also for `with daemons(2): ...`.
-    Raises LaunchError with the daemons' last words where they can't be started; TypeError or ValueError for
-    arguments that make no sense; OSError where the url can't be listened at.
+    Raises LaunchError, an OSError, with the last words of what could not be started or could not listen at the url;
+    TypeError or ValueError for arguments that make no sense.
     """
     name = _current.get() if compute is None else compute
     count = _check_n(n, url)
@@ -3301,7 +3404,7 @@ class with_daemons(contextlib.ContextDecorator):
         self._tokens: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("tokens", default=())
 
     def __call__(self, f: Any) -> Any:
-        if not getattr(f, "__code__", None) or not f.__code__.co_flags & 0x80:      # CO_COROUTINE
+        if not getattr(getattr(f, "__code__", None), "co_flags", 0) & CO_COROUTINE:
             return super().__call__(f)
 
         @functools.wraps(f)
@@ -3354,7 +3457,7 @@ def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float
     """
     _check_task(f, args, kwargs, _timeout, _retries)
     profile = _find(_compute) or _ephemeral_profile()
-    payload = dump_task(f, args, kwargs, None if sys.path == profile.path else sys.path)
+    payload = dump_task(f, args, kwargs, None if sys.path == profile.path else import_path())
     m = Mirai(next(_ids), profile.link)
     profile.link.submit(m, payload, _retries, _timeout)
     return m
@@ -3368,7 +3471,10 @@ def _check_task(f: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeou
     elif not callable(f):
         if f is _MISSING:
             raise TypeError("mirai() needs what to evaluate: mirai(f, *args, **kwargs) or mirai('x + 1', x=1)")
-        raise TypeError(f"can't evaluate {f!r}: expected a callable, called as f(*args, **kwargs), or source text")
+        raise TypeError(f"can't evaluate {f!r}: expected a callable, as in mirai(f, 1) and not mirai(f(1)), or source "
+                        "text")
+    elif getattr(getattr(f, "__code__", None), "co_flags", 0) & CO_COROUTINE:
+        raise TypeError(f"{f!r} is a coroutine function: mirai(lambda: asyncio.run(f(…))) evaluates it")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0):
         raise ValueError(f"_timeout={timeout!r}: expected seconds, or None for no limit")
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= 65535:
@@ -3393,8 +3499,14 @@ def mirai_map(items: Iterable[Any] | Mapping[Any, Any], f: Callable[..., Any], /
     require_daemons(_compute)
     names = list(items) if isinstance(items, collections.abc.Mapping) else None
     values = list(items.values()) if isinstance(items, collections.abc.Mapping) else list(items)
-    return MiraiMap([mirai(f, value, *args, _timeout=_timeout, _retries=_retries, _compute=_compute, **kwargs)
-                     for value in values], names)
+    made: list[Mirai] = []
+    try:
+        for value in values:
+            made.append(mirai(f, value, *args, _timeout=_timeout, _retries=_retries, _compute=_compute, **kwargs))
+    except BaseException:
+        stop_mirai(made)
+        raise
+    return MiraiMap(made, names)
 
 
 class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]

@@ -2720,7 +2720,7 @@ class TestTransport(Case):
         self.assertEqual(connection.decoder.wanted(), mirai.READ_SIZE)
         wanted, message = [], None
         while message is None:
-            mirai.wait_ready([connection.fileno()], LONG)
+            mirai.wait_ready(connection.fileno(), LONG)
             connection.receive()
             message = connection.decoder.pop()
             wanted.append(connection.decoder.wanted())
@@ -2752,7 +2752,7 @@ class TestTransport(Case):
 
         def step():
             if connection.pending:
-                mirai.wait_ready([connection.fileno()], LONG, write=True)
+                mirai.wait_ready(connection.fileno(), LONG, write=True)
                 connection.flush()
             else:
                 number = next(numbers)
@@ -2763,7 +2763,7 @@ class TestTransport(Case):
         reader.start()
         hits = harassed(step, 1.0)
         while not connection.flush():
-            mirai.wait_ready([connection.fileno()], LONG, write=True)
+            mirai.wait_ready(connection.fileno(), LONG, write=True)
         connection.sock.shutdown(socket.SHUT_WR)
         reader.join()
         decoder = mirai.Decoder()
@@ -2790,7 +2790,7 @@ class TestTransport(Case):
                     return
 
         def step():
-            mirai.wait_ready([connection.fileno()], 0.01)
+            mirai.wait_ready(connection.fileno(), 0.01)
             connection.receive()
             for message in connection.decoder:      # one that is being handled when it happens comes again
                 if message.id in got and message.id != max(got):
@@ -4223,11 +4223,11 @@ class TestNursery(Case):
 
     def test_daemons_that_cannot_start_are_an_error_with_their_last_words(self):
         def no_daemons(*_):
-            return {**spec(*_), "cwd": "/no/such/directory"}
+            return {**spec(*_), "nofile": 3}        # no descriptor is left to dial with
 
         spec = mirai._daemon_spec
         with replaced(mirai, "_daemon_spec", no_daemons):
-            with self.assertRaisesRegex(mirai.LaunchError, "(?s)5 in a row.*/no/such/directory"):
+            with self.assertRaisesRegex(mirai.LaunchError, "(?s)5 in a row.*Too many open files"):
                 daemons(2)
         self.assertFalse(mirai.daemons_set())
 
