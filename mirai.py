@@ -354,10 +354,12 @@ class Decoder:
     def __iter__(self) -> Iterator[Message]:
         """Raises ProtocolError on another version's frames, or (before the body is there) on too long ones."""
         while (found := self._peek()) is not None:
-            buffer = self._state[0]
+            buffer, _, chunks, _ = self._state
             yield found[0]
             if self._state[0] is buffer:        # else a nested reader has gone on
-                self._state = (buffer, max(found[1], self._state[1]), self._state[2], 0)
+                self._state = (buffer, max(found[1], self._state[1]), chunks, 0)
+                if found[1] == len(buffer) and not chunks:
+                    return
 
     def pop(self) -> Message | None:
         """Takes one message; None where none is complete."""
@@ -409,6 +411,7 @@ _definitions: dict[bytes, tuple[Any, ...]] = {}     # where functions are rebuil
 _namespaces: dict[str, dict[str, Any]] = {}         # module -> what its by-value functions share
 _class_tokens: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 _classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+_own_globals = globals()        # this file's functions are on the other side as well
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"))
 
 
@@ -461,7 +464,9 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         if kind is types.FunctionType and type(obj.__code__) is types.CodeType:     # not PyPy's built-in ones
-            return NotImplemented if _by_reference(obj, obj.__qualname__) else _reduce_function(obj)
+            name = obj.__qualname__
+            by_name = obj.__globals__ is _own_globals and "<" not in name or _by_reference(obj, name)
+            return NotImplemented if by_name else _reduce_function(obj)
         if kind is types.ModuleType:
             return importlib.import_module, (obj.__name__,)
         if kind is types.CellType:
@@ -1483,8 +1488,9 @@ class Dispatcher:
         self.outcome: Message | None = None         # the result that is being handed to the core
         self.why = ""                               # how the daemon that is being given up ended
         self.last_words = ""                        # of the last launch that failed
-        self.sent_counts: tuple[int, ...] = ()
+        self.sent_counts: tuple[int, ...] = (0, 0, 0, 0, 0)
         self.counts_due = 0.0
+        self.counts_wait = False                    # a timer will have them sent
         self.running = True
         self.effects: dict[type, Callable[[Any], None]] = {
             Assign: self._assign, Interrupt: self._interrupt, Resolve: self._resolve, Launch: self._launch,
@@ -1535,20 +1541,26 @@ class Dispatcher:
                 self._at(0.01, lambda: None)        # it is busy forking: come round again
         except OSError:
             self._nursery_ended()
-        counts = self.core.counts()
-        if counts != self.sent_counts and self.host is not None:
-            self._report_counts(self.host, counts)
+        core, sent = self.core, self.sent_counts
+        if not self.counts_wait or len(core.daemons) != sent[0] or core.cumulative != sent[1]:
+            self._report_counts()
 
-    def _report_counts(self, host: _Peer, counts: tuple[int, ...]) -> None:
+    def _report_counts(self) -> None:
         """The host's `status()` asks nobody: it is told, at most so often, but at once when daemons come or go."""
-        now = time.monotonic()
+        counts, now = self.core.counts(), time.monotonic()
+        if self.host is None or counts == self.sent_counts:
+            return
         if now >= self.counts_due or counts[:2] != self.sent_counts[:2]:
-            self._post(host, encode(Kind.COUNTS, payload=COUNTS.pack(*counts)))
-            self._flush(host)
+            self._post(self.host, encode(Kind.COUNTS, payload=COUNTS.pack(*counts)))
+            self._flush(self.host)
             self.sent_counts = counts
             self.counts_due = now + COUNTS_EVERY
-        elif not self.timers or self.timers[0][0] > self.counts_due:
-            self._at(self.counts_due - now, lambda: None)
+        elif not self.counts_wait:
+            self.counts_wait = True
+            self._at(self.counts_due - now, self._counts_are_due)
+
+    def _counts_are_due(self) -> None:
+        self.counts_wait = False
 
     # -- connections
 
