@@ -332,11 +332,12 @@ class Decoder:
     only ever appended to `chunks`, which a C call may do by itself: a Ctrl-C falls between such steps.
     """
 
-    __slots__ = ("limit", "_state")
+    __slots__ = ("limit", "_state", "_counted")
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self._state: tuple[bytes, int, list[bytes], int] = (b"", 0, [], 0)   # buffer, offset, chunks, bytes missing
+        self._counted: tuple[list[bytes] | None, int, int] = (None, 0, 0)    # chunks, how many of them, their bytes
 
     @property
     def chunks(self) -> list[bytes]:
@@ -348,8 +349,18 @@ class Decoder:
 
     def wanted(self) -> int:
         """How many bytes to read at once: more than usual while a large message is arriving."""
-        _, _, chunks, missing = self._state
-        return min(max(missing - sum(map(len, chunks)), READ_SIZE), READ_LARGE) if missing else READ_SIZE
+        missing = self._state[3]
+        return min(max(missing - self._arrived(), READ_SIZE), READ_LARGE) if missing else READ_SIZE
+
+    def _arrived(self) -> int:
+        """Bytes in the chunks; each is counted once, as a large message has thousands."""
+        chunks = self._state[2]
+        known, number, size = self._counted
+        if known is not chunks:
+            number = size = 0
+        now = len(chunks)
+        self._counted = chunks, now, size + sum(map(len, chunks[number:now]))
+        return self._counted[2]
 
     def __iter__(self) -> Iterator[Message]:
         """Raises ProtocolError on another version's frames, or (before the body is there) on too long ones."""
@@ -390,7 +401,7 @@ class Decoder:
     def _gather(self) -> bool:
         """Joins what has arrived, unless a large frame is still too short to be worth the copy."""
         buffer, at, chunks, missing = self._state
-        if not chunks or (missing > READ_LARGE and sum(map(len, chunks)) < missing):
+        if not chunks or (missing > READ_LARGE and self._arrived() < missing):
             return False
         if at == len(buffer) and len(chunks) == 1:
             self._state = (chunks[0], 0, [], 0)
