@@ -2513,9 +2513,10 @@ class NurseryHandle:
         """Ends the nursery, which ends all that is left, and waits for it."""
         with contextlib.suppress(OSError):
             self.connection.sock.shutdown(socket.SHUT_WR)
+        import subprocess
         try:
             self.process.wait(CLOSE_TIME)
-        except Exception:               # it is stopped, say; its children end with the pipe or not at all
+        except subprocess.TimeoutExpired:       # it is stopped, say; its dispatchers end the daemons then
             self.process.kill()
             self.process.wait()
         self.connection.close()
