@@ -127,6 +127,8 @@ START_TIME = 60.0           # for the nursery and the first dispatcher, on a mac
 MAX_FAILED_STARTS = 5       # launches that end in a row before one is ready: after so many it is not bad luck (crew's)
 SPINS = 50                  # times a waiter looks before it sleeps in `poll`: a wake-up costs more than a short task
 WAIT_MOST = 1e6             # seconds in one wait: poll() takes no more than 2**31 ms; whoever waits longer repeats it
+MANY = 64                   # mirais under way from which on a waiter takes results several at a time and spins not
+NAP = 0.0003                # seconds between its reads then: one by one they cost the CPU that the daemons need
 DOZE = 0.005                # the link's own thread leaves the reading to a waiter that was there so recently
 COUNTS_EVERY = 0.02         # how stale `status()` may be: less costs a frame per task
 LAST_WORDS = 4096           # the tail of a daemon's stderr that is kept to explain its end
@@ -2939,7 +2941,7 @@ class Link(_Owner):
     def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
         if self.connection.decoder.chunks:
             self._take()                # what an interrupted reader left behind
-        for _ in range(SPINS):
+        for _ in range(SPINS if len(self.pending) < MANY else 0):
             self._read()
             self.reads += 1
             if done() or self.closed is not None:
@@ -2953,6 +2955,8 @@ class Link(_Owner):
                 return
             if self.wakened in ready:
                 self._drain(self.wakened)
+            elif len(self.pending) >= MANY:
+                time.sleep(NAP)
             self._read()
 
     def _sleep_until(self, done: Callable[[], bool], deadline: float | None) -> None:
