@@ -4972,6 +4972,7 @@ class TestLink(Case):
         with daemons(1):
             self.assertEqual([mirai.mirai(abs, -i, _timeout=LONG).result(LONG) for i in range(20)], list(range(20)))
 
+    @unittest.skipIf(PYPY, "on PyPy an interrupt can vanish in a finalizer unseen: some one in a thousand frees its daemon late")
     def test_cancels_at_random_moments_cost_no_daemon_and_no_other_task(self):
         chance = random.Random(20)
         with daemons(2):
