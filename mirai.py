@@ -51,6 +51,7 @@ Contents (a section knows those above it, never one below):
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # signal.getsignal() wraps it in enums, at 2 µs a call
+import abc
 import atexit
 import builtins
 import collections
@@ -61,6 +62,7 @@ import contextvars
 import errno
 import functools
 import gc
+import hashlib
 import heapq
 import hmac
 import importlib
@@ -70,6 +72,7 @@ import json
 import marshal
 import math
 import mmap
+import operator
 import os
 import pickle
 import select
@@ -103,7 +106,7 @@ __all__ = [
     "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "collect_mirai", "daemon", "daemons", "daemons_set",
     "dumps", "info", "is_error_value", "is_mirai", "is_mirai_error", "is_mirai_interrupt", "is_mirai_map",
     "launch_local", "loads", "local_daemons", "local_url", "mirai", "mirai_map", "on_daemon", "race_mirai",
-    "require_daemons", "status", "stop_mirai", "unresolved", "with_daemons",
+    "register_serial", "require_daemons", "serial_config", "status", "stop_mirai", "unresolved", "with_daemons",
 ]
 
 
@@ -134,6 +137,9 @@ COUNTS_EVERY = 0.02         # how stale `status()` may be: less costs a frame pe
 LAST_WORDS = 4096           # the tail of a daemon's stderr that is kept to explain its end
 EPHEMERAL_PER_CPU = 4       # processes at once without daemons set: more would only swap
 CACHED_CODES = 4096         # code objects whose bytes are remembered, on either side
+HASH_SIZE = 16              # bytes of SHA-256 by which a definition is known: no two will ever meet
+LARGE = 1 << 16             # bytes; from here on what a function reads is sent ahead, once, and not with each task
+KEPT_DEFINITIONS = 64 << 20     # bytes of them that no task needs now: the next may, and else they are sent again
 CO_COROUTINE = 0x80         # in a code object's flags; `inspect` has it, but is slow to import
 SLOT_WORDS = 2              # words of the shared page per local daemon: which task to interrupt, which has begun
 SLOTS = 65536               # local daemons a dispatcher can have in its lifetime at once; untouched pages cost nothing
@@ -277,9 +283,11 @@ class Kind:
     # handshake, JSON
     HELLO, CHALLENGE, PROOF, WELCOME, REFUSED = 1, 2, 3, 4, 5
     # host -> dispatcher -> daemon
-    TASK = 10               # id, flags: retries left; payload: a serialized task
+    TASK = 10               # id, flags: retries left; payload: a serialized task, the hashes it needs, their number
     CANCEL = 11             # id
     LAUNCH = 12             # host -> dispatcher: flags 0; payload JSON {n, spec}
+    DEFINE = 13             # payload: a hash, then the definition that tasks refer to by it
+    DROP = 14               # payload: hashes of definitions that are no longer needed
     # daemon -> dispatcher -> host
     RESULT = 20             # id; payload: a serialized outcome
     LEAVE = 21              # daemon -> dispatcher: flags: why; id: the task whose result still follows, or 0
@@ -295,6 +303,7 @@ class Kind:
 
 
 HEADER = struct.Struct("<QBBHQ")    # payload length, wire version, kind, flags, id
+NEEDS = struct.Struct("<H")         # how many hashes stand before it
 COUNTS = struct.Struct("<QQQQQ")    # connections, cumulative, awaiting, executing, completed
 
 
@@ -309,6 +318,23 @@ class Message(collections.namedtuple("Message", ("kind", "id", "flags", "payload
 
 def encode(kind: int, id: int = 0, payload: bytes = b"", flags: int = 0) -> bytes:
     return HEADER.pack(len(payload), WIRE_VERSION, kind, flags, id) + payload
+
+
+def encode_task(id: int, body: bytes, needs: Iterable[bytes], retries: int) -> bytes:
+    """`needs`: hashes of definitions that have to be there before the task. They stand behind what a daemon reads."""
+    needs = tuple(needs)
+    length = len(body) + HASH_SIZE * len(needs) + NEEDS.size
+    return b"".join([HEADER.pack(length, WIRE_VERSION, Kind.TASK, retries, id), body, *needs, NEEDS.pack(len(needs))])
+
+
+def needs_of(task: bytes) -> list[bytes]:
+    """The hashes that `encode_task()` left at the end of a frame, or of its payload."""
+    end = len(task) - NEEDS.size
+    return split_hashes(task[end - HASH_SIZE * NEEDS.unpack_from(task, end)[0]:end])
+
+
+def split_hashes(data: bytes) -> list[bytes]:
+    return [data[at:at + HASH_SIZE] for at in range(0, len(data), HASH_SIZE)]
 
 
 def encode_json(kind: int, content: Any, id: int = 0) -> bytes:
@@ -417,31 +443,52 @@ class Decoder:
 # ======================================================================
 # Knows:  pickle, code objects, modules.
 # Never:  messages, daemons.
-# Rule:   what the other side can import goes by name, all else by value: code, cells, and the globals it reads.
+# Rule 1. What the other side can import goes by name, all else by value.
+# Rule 2. A definition (a function's code, a class) is analysed once and known by the hash of its bytes, the same in
+#         every run. `dumps()` puts it in; a task has the hash, and the daemon is sent the definition once.
+# Rule 3. What may change in place (globals that are read, closures, defaults, some attributes of classes) is outside
+#         of it, and goes with each call, as it is then.
+# Rule 4. Classes and type variables are the same object wherever they come back to: each has a token.
 
-_definition_of: dict[int, tuple[types.CodeType, tuple[Any, ...], bytes, tuple[str, ...]]] = {}     # by id(code)
-_definitions: dict[bytes, tuple[Any, ...]] = {}     # where functions are rebuilt: code, module, name, qualname, doc
-_namespaces: dict[str, dict[str, Any]] = {}         # module -> what its by-value functions share
-_class_tokens: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
-_classes: weakref.WeakValueDictionary[str, type] = weakref.WeakValueDictionary()
+_Definition = collections.namedtuple("_Definition", "code about blob hash names chains")
+
+_definition_of: dict[int, _Definition] = {}             # by id(code), which it holds
+_codes: dict[bytes, tuple[Any, ...]] = {}               # definition or hash -> code, module, name, qualname, doc
+_received: dict[bytes, bytes] = {}                      # hash -> definition, of those that were sent ahead
+_namespaces: dict[str, dict[str, Any]] = {}             # module -> what its by-value functions share, on a daemon
+_tracked: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()      # token -> class
+_records: dict[int, _Record] = {}                       # by id(class), as long as the class lives
+_importables: dict[str, tuple[Any, bool]] = {}
+_registered: dict[type, Any] = {}                       # class -> its functions, by `register_serial()`
 _own_globals = globals()        # this file's functions are on the other side as well
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"))
+_CELL_OPS = frozenset(("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"))
+_SKIPPED_OPS = frozenset(("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "PRECALL"))
+_EMPTY = object()               # what an empty cell holds
 
 
 def dumps(obj: Any) -> bytes:
     """Serializes `obj`: pickle, and by value the functions and classes that another process cannot import.
 
-    Raises what pickle raises where something can't be serialized: TypeError, pickle.PicklingError, or whatever an
-    object's own pickling method raises.
+    Where something can't be serialized it raises an error that is both a TypeError and a pickle.PicklingError, and
+    names the path to it, or whatever else an object's own pickling method raises.
     """
-    return dump_after(b"", obj)
+    try:
+        return dump_after(b"", obj)
+    except (TypeError, pickle.PicklingError, RecursionError) as error:
+        raise _Unserializable(explain_unserializable(obj, "obj", error)) from error
 
 
-def dump_after(head: bytes, obj: Any) -> bytes:
-    """`head`, then what `dumps()` gives, which may be large: without a copy of it."""
+class _Unserializable(TypeError, pickle.PicklingError):
+    """As `pickle` raises the one or the other."""
+
+
+def dump_after(head: bytes, obj: Any, hooks: Mapping[type, Any] | None = None, home: bool = False) -> bytes:
+    """`head`, then what `dumps()` gives, which may be large: without a copy of it. `home`: for the process that
+    classes which are not of this one came from."""
     stream = io.BytesIO()
     stream.write(head)
-    _Pickler(stream, 5).dump(obj)
+    Pickler(stream, None, hooks, home).dump(obj)
     return stream.getvalue()
 
 
@@ -450,190 +497,1034 @@ def loads(data: bytes | memoryview) -> Any:
     return pickle.loads(data)
 
 
+def hash_of(*parts: bytes) -> bytes:
+    """By what a definition is known."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()[:HASH_SIZE]
+
+
+def receive_definition(hash: bytes, blob: bytes) -> None:
+    _received[hash] = blob
+
+
+def drop_definition(hash: bytes) -> None:
+    _received.pop(hash, None)
+    _codes.pop(hash, None)
+
+
+def _definition(ref: bytes) -> bytes:
+    """`ref` is a definition, or the hash of one that was sent ahead."""
+    if len(ref) != HASH_SIZE:
+        return ref
+    try:
+        return _received[ref]
+    except KeyError:
+        raise pickle.UnpicklingError(f"definition {ref.hex()} has not been sent here") from None
+
+
+# -- by name or by value
+
+def _is_importable(name: str, module: Any) -> bool:
+    """Whether another process that imports `name` gets this module: found out once."""
+    known = _importables.get(name)
+    if known is None or known[0] is not module:
+        known = _importables[name] = module, name == __name__ or _can_be_found(name, module)
+    return known[1]
+
+
+def _can_be_found(name: str, module: Any) -> bool:
+    """Modules that were made by hand, or loaded from a path, cannot; but the import of a package may make some."""
+    spec = getattr(module, "__spec__", None)
+    if name == "__main__":
+        return False
+    path, package = None, name.rpartition(".")[0]
+    if package:
+        parent = sys.modules.get(package)
+        if parent is None or not _is_importable(package, parent):
+            return False
+        path = getattr(parent, "__path__", None)
+    if spec is None or not spec.has_location:
+        return bool(spec or package)
+    for finder in sys.meta_path:
+        found = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+        if found is not None:
+            return not found.has_location or found.origin == spec.origin
+    return False
+
+
 def _by_reference(obj: Any, name: str) -> bool:
     """Whether importing `obj.__module__` and looking up `name` gives `obj`, here and so elsewhere."""
     module = getattr(obj, "__module__", None)
-    if module is None or module == "__main__":
-        return False
-    found: Any = sys.modules.get(module)
-    if found is None or getattr(found, "__spec__", None) is None and module != "builtins":
+    found: Any = sys.modules.get(module) if type(module) is str else None
+    if found is None or not _is_importable(module, found):
         return False
     for part in name.split("."):
         found = getattr(found, part, None)
     return found is obj
 
 
-_UNNAMED_TYPES = {cls: name for name, cls in vars(types).items() if isinstance(cls, type)
+_UNNAMED_TYPES = {id(cls): name for name, cls in vars(types).items() if isinstance(cls, type)
                   and cls.__module__ == "builtins" and cls is not type(None) and not hasattr(builtins, cls.__name__)}
-_REDUCERS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
-    property: lambda x: (property, (x.fget, x.fset, x.fdel, x.__doc__)),
-    staticmethod: lambda x: (staticmethod, (x.__func__,)),
-    classmethod: lambda x: (classmethod, (x.__func__,)),
-    types.MappingProxyType: lambda x: (types.MappingProxyType, (dict(x),)),
-}
 
 
-class _Pickler(pickle.Pickler):
+def _class_by_reference(cls: type) -> bool:
+    made_here = getattr(cls, "__flags__", 512) & 512        # Py_TPFLAGS_HEAPTYPE: by a class statement
+    return not made_here or _by_reference(cls, cls.__qualname__)
+
+
+def _is_type_variable(obj: Any) -> bool:
+    kind = type(obj)
+    return kind.__module__ == "typing" and kind.__name__ in ("TypeVar", "ParamSpec", "TypeVarTuple")
+
+
+# -- the pickler
+
+class _Scope:
+    """Stands for a function's globals: one object for all functions that share them."""
+
+    def __init__(self, name: Any, f: types.FunctionType) -> None:
+        self.name, self.of = name, weakref.ref(f)
+
+
+class _Stored(collections.namedtuple("_Stored", "hash")):
+    """Stands for large bytes that go ahead, once."""
+
+
+class Pickler(pickle.Pickler):
+    """`needs`: where definitions are left by their hash, for a receiver that is sent them ahead; None: they go in.
+    `hooks`: functions for types that pickle can't carry. `home`: see `dump_after()`."""
+
+    def __init__(self, stream: io.BytesIO, needs: dict[bytes, bytes] | None = None,
+                 hooks: Mapping[type, Any] | None = None, home: bool = False) -> None:
+        super().__init__(stream, 5)
+        self.needs, self.home = needs, home
+        self.hooks = _registered if hooks is None else hooks
+        self.scopes: dict[Any, Any] = {}        # by id(globals); names of modules that are taken
+        self.large: dict[int, _Stored] = {}     # by id(bytes)
+
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind is types.FunctionType and type(obj.__code__) is types.CodeType:     # not PyPy's built-in ones
-            name = obj.__qualname__
-            by_name = obj.__globals__ is _own_globals and "<" not in name or _by_reference(obj, name)
-            return NotImplemented if by_name else _reduce_function(obj)
-        if kind is types.ModuleType:
-            return importlib.import_module, (obj.__name__,)
-        if kind is types.CellType:
-            return types.CellType, (), (obj.cell_contents,) if _is_filled(obj) else None, None, None, _fill_cell
+        if self.hooks:
+            for cls in kind.__mro__:
+                if cls in self.hooks:
+                    return _reduce_by_hook(obj, cls, *self.hooks[cls])
+        reduce = _REDUCERS.get(kind)
+        if reduce is not None:
+            return reduce(self, obj)
         if issubclass(kind, type):
-            if obj in _UNNAMED_TYPES:
-                return getattr, (types, _UNNAMED_TYPES[obj])
-            by_name = obj.__module__ == "builtins" or _by_reference(obj, obj.__qualname__)
-            return NotImplemented if by_name else _reduce_class(obj)
-        if kind in _REDUCERS:
-            return _REDUCERS[kind](obj)
-        if kind.__module__ == "dataclasses" and repr(obj) in ("_FIELD", "_FIELD_CLASSVAR", "_FIELD_INITVAR"):
-            return repr(obj)            # told apart by identity
+            return _reduce_class(self, obj)
+        if isinstance(obj, BaseException):
+            return _reduce_exception(obj)
+        if isinstance(obj, (property, staticmethod, classmethod)):
+            return _REDUCERS[property if isinstance(obj, property) else classmethod](self, obj)
+        module = kind.__module__
+        if module == "typing":
+            return _reduce_typing(self, obj)
+        if module == "dataclasses":
+            return next((name for name, value in vars(sys.modules[module]).items() if value is obj), NotImplemented)
+        if hasattr(kind, "_member_map_"):
+            return _reduce_member(obj)
         return NotImplemented
 
+    def ref(self, blob: bytes, hash: bytes) -> bytes:
+        """What goes in for a definition."""
+        if self.needs is None:
+            return blob
+        self.needs[hash] = blob
+        return hash
 
-def _define(f: types.FunctionType) -> tuple[bytes, tuple[str, ...]]:
-    """A function's definition as bytes, and the globals that its code and code nested in it name; made once."""
+    def scope(self, f: types.FunctionType) -> Any:
+        """What goes in for a function's globals. In a task the name of the module: its functions share a namespace on
+        the daemon; two namespaces of one name stay apart."""
+        space = f.__globals__
+        scope = self.scopes.get(id(space))
+        if scope is None:
+            name = _interned(space.get("__name__"))
+            shared = self.needs is not None and type(name) is str and name not in self.scopes
+            scope = self.scopes[id(space)] = name if shared else _Scope(name, f)
+            self.scopes[name if shared else None] = scope
+        return scope
+
+    def reads(self, f: types.FunctionType, definition: _Definition) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+        """The globals that a function's code reads, and submodules that it reaches through them."""
+        if not definition.names:
+            return None, _submodules(definition.chains, _cells_of(f)) if definition.chains else ()
+        space = f.__globals__
+        read = {name: space[name] for name in definition.names if name in space}
+        chains = definition.chains
+        imports = _submodules(chains, {**read, **_cells_of(f)} if f.__closure__ else read) if chains else ()
+        if self.needs is not None:
+            for name, value in read.items():
+                if type(value) is bytes and len(value) >= LARGE:
+                    read[name] = self.store(value, f)
+        return read, imports
+
+    def store(self, value: bytes, owner: types.FunctionType) -> _Stored:
+        """Large bytes that `owner` reads: hashed once, as they cannot change."""
+        known = _large.setdefault(owner, {})
+        if id(value) not in known:
+            known[id(value)] = value, hash_of(value)
+        assert self.needs is not None
+        self.needs[known[id(value)][1]] = value
+        return self.large.setdefault(id(value), _Stored(known[id(value)][1]))
+
+
+_large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()
+
+
+# -- functions
+
+def _define(f: types.FunctionType) -> _Definition:
+    """A function's definition, and the globals that its code and code nested in it name; made once."""
     code = f.__code__
-    about = f.__module__, f.__name__, f.__qualname__, f.__doc__ if isinstance(f.__doc__, str) else None
+    about = f.__module__, f.__name__, f.__qualname__, f.__doc__, f.__globals__.get("__package__")
     known = _definition_of.get(id(code))
-    if known is None or known[1] != about:
+    if known is None or known.about != about:
         if len(_definition_of) >= CACHED_CODES:
             _definition_of.clear()
-        definition = marshal.dumps((sys.implementation.cache_tag, marshal.dumps(code), *about))
-        known = _definition_of[id(code)] = code, about, definition, _names_of(code)     # holds the code, and so its id
-    return known[2], known[3]
+        plain = [x if type(x) is str else None for x in about]
+        blob = marshal.dumps((sys.implementation.cache_tag, _dump_code(code), *plain), 2)
+        known = _definition_of[id(code)] = _Definition(code, about, blob, hash_of(blob), *_names_of(code))
+    return known
 
 
-def _names_of(code: types.CodeType) -> tuple[str, ...]:
+def _dump_code(code: types.CodeType) -> bytes:
+    """The same bytes in every run: version 2 of the format does not depend on who else refers to a constant."""
+    if sys.version_info < (3, 11):
+        code = _with_sets(code, lambda x: ("\0set", *sorted(x, key=repr)) if type(x) is frozenset else x)
+    try:
+        return marshal.dumps(code, 2)
+    except ValueError:          # it has constants that are newer than that
+        return marshal.dumps(code)
+
+
+def _load_code(data: bytes) -> types.CodeType:
+    code: types.CodeType = marshal.loads(data)
+    if sys.version_info < (3, 11):
+        code = _with_sets(code, lambda x: frozenset(x[1:]) if type(x) is tuple and x[:1] == ("\0set",) else x)
+    return code
+
+
+def _with_sets(code: types.CodeType, change: Callable[[Any], Any]) -> types.CodeType:
+    """Until 3.10 a set among the constants is marshalled in an order that differs from run to run."""
+    consts = tuple(_with_sets(x, change) if isinstance(x, types.CodeType) else change(x) for x in code.co_consts)
+    same = all(map(operator.is_, consts, code.co_consts))
+    return code if same else code.replace(co_consts=consts)
+
+
+def _names_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """The globals that code names, and its chains of attributes, as ("xml", "etree", "ElementTree")."""
     import dis
     names: dict[str, None] = {}
+    chains: dict[tuple[str, ...], None] = {}
     todo = [code]
-    while todo:
-        each = todo.pop()
-        names.update((i.argval, None) for i in dis.get_instructions(each) if i.opname in _GLOBAL_OPS)
+    for each in todo:
+        chain: tuple[str, ...] = ()
+        for instruction in dis.get_instructions(each):
+            name = instruction.opname
+            if name in _GLOBAL_OPS or name in _CELL_OPS:
+                chain = (instruction.argval,)
+                if name in _GLOBAL_OPS:
+                    names[instruction.argval] = None
+            elif name in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+                chain = (*chain, instruction.argval)
+                chains[chain] = None
+            elif name not in _SKIPPED_OPS:
+                chain = ()
         todo.extend(c for c in each.co_consts if isinstance(c, types.CodeType))
-    return tuple(names)
+    return tuple(names), tuple(chains)
 
 
-def _reduce_function(f: types.FunctionType) -> tuple[Any, ...]:
-    definition, names = _define(f)
-    scope = f.__globals__
-    read = {n: scope[n] for n in names if n in scope} if names else None
-    state = f.__defaults__, f.__kwdefaults__, f.__annotations__, f.__dict__, read
-    if not any(state):
-        return _make_function, (definition, f.__closure__)
-    return _make_function, (definition, f.__closure__), state, None, None, _fill_function
+def _submodules(chains: Iterable[tuple[str, ...]], read: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modules that are attributes of their packages here, as they were imported: elsewhere they have to be as well."""
+    found = {}
+    for first, *rest in chains:
+        module = read.get(first)
+        for part in rest:
+            if type(module) is not types.ModuleType or not hasattr(module, "__path__"):
+                break
+            name = f"{module.__name__}.{part}"
+            module = sys.modules.get(name)
+            if module is not None:
+                found[name] = None
+    return tuple(found)
 
 
-def _make_function(definition: bytes, cells: tuple[types.CellType, ...] | None) -> types.FunctionType:
-    known = _definitions.get(definition)
+def _cells_of(f: types.FunctionType) -> dict[str, Any]:
+    return {name: _contents(cell) for name, cell in zip(f.__code__.co_freevars, f.__closure__ or ())}
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY
+
+
+def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
+    if type(f.__code__) is not types.CodeType:      # PyPy's built-in ones
+        return NotImplemented
+    name = f.__qualname__
+    if f.__globals__ is _own_globals and "<" not in name or _by_reference(f, name):
+        return NotImplemented
+    if f.__code__ is _DISPATCHING:
+        return _make_dispatching, (), (list(f.registry.items()), f.__dict__), None, None, _fill_dispatching  # type: ignore[attr-defined]
+    definition = _define(f)
+    if self.needs is not None and f.__closure__:
+        for value in map(_contents, f.__closure__):
+            if type(value) is bytes and len(value) >= LARGE:
+                self.store(value, f)
+    read, imports = self.reads(f, definition)
+    more = {name: value for name, value in (
+        ("__defaults__", f.__defaults__), ("__kwdefaults__", f.__kwdefaults__), ("__annotations__", _annotations(f)),
+        ("__type_params__", getattr(f, "__type_params__", None))) if value}
+    more.update((_interned(name), value) for name, value in f.__dict__.items())
+    arguments = self.ref(definition.blob, definition.hash), f.__closure__, self.scope(f)
+    if not (read or more or imports):
+        return _make_function, arguments
+    return _make_function, arguments, (more, read, imports), None, None, _fill_function
+
+
+def _annotations(f: Any) -> Any:
+    try:
+        return f.__annotations__
+    except NameError:           # from 3.14 on they are evaluated when read
+        return None
+
+
+def _make_function(ref: bytes, cells: tuple[types.CellType, ...] | None, scope: Any) -> types.FunctionType:
+    known = _codes.get(ref)
     if known is None:
-        tag, code, *about = marshal.loads(definition)
+        tag, code, *about = marshal.loads(_definition(ref))
         if tag != sys.implementation.cache_tag:
             raise pickle.UnpicklingError(
                 f"a function that was compiled by {tag} can't run on {sys.implementation.cache_tag}: use the same "
                 "Python on both sides, or put the function in a module that both can import")
-        if len(_definitions) >= CACHED_CODES:
-            _definitions.clear()
-        known = _definitions[definition] = marshal.loads(code), *about
-    code, module, name, qualname, doc = known
-    f = types.FunctionType(code, _namespace(module), name, None, cells)
+        if len(_codes) >= CACHED_CODES:
+            _codes.clear()
+        known = _codes[ref] = _load_code(code), *about
+    code, module, name, qualname, doc, package = known
+    space = scope if type(scope) is dict else _namespace(scope)
+    if package is not None and "__package__" not in space:
+        space["__package__"] = package
+    f = types.FunctionType(code, space, name, None, cells)
     f.__module__, f.__qualname__, f.__doc__ = module, qualname, doc
     return f
 
 
 def _fill_function(f: types.FunctionType, state: tuple[Any, ...]) -> None:
-    f.__defaults__, f.__kwdefaults__, annotations, attributes, read = state
-    if annotations:
-        f.__annotations__ = annotations
-    f.__dict__.update(attributes)
+    more, read, imports = state
+    for name in imports:
+        importlib.import_module(name)
     f.__globals__.update(read or ())
+    for name, value in more.items():
+        setattr(f, name, value)
 
 
 def _namespace(module: str) -> dict[str, Any]:
     """The globals that the by-value functions of one module share in this process."""
     scope = _namespaces.get(module)
     if scope is None:
-        scope = _namespaces[module] = {"__name__": module, "__builtins__": __builtins__}
+        scope = _namespaces[module] = _new_scope(module)
     return scope
 
 
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents
-    except ValueError:
-        return False
-    return True
+def _new_scope(name: Any) -> dict[str, Any]:
+    return {"__name__": name, "__builtins__": builtins}
+
+
+def _reduce_cell(self: Pickler, cell: types.CellType) -> Any:
+    value = _contents(cell)
+    if self.large and id(value) in self.large:
+        value = self.large[id(value)]
+    return types.CellType, (), None if value is _EMPTY else (value,), None, None, _fill_cell
 
 
 def _fill_cell(cell: types.CellType, state: tuple[Any, ...]) -> None:
     cell.cell_contents = state[0]
 
 
-def _reduce_class(cls: type) -> tuple[Any, ...]:
-    token = _class_tokens.get(cls)
-    if token is None:
-        token = _class_tokens[cls] = os.urandom(16).hex()
-        _classes[token] = cls
-    if "_member_map_" in vars(cls) and "_member_names_" in vars(cls):
-        return _reduce_enum(token, cls)
-    body = {name: value for name, value in vars(cls).items()
-            if name not in ("__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__")
-            and not name.startswith("_abc_")
-            and not isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType))}
-    head = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    if "__slots__" in vars(cls):
-        head["__slots__"] = vars(cls)["__slots__"]
-    return _make_class, (token, type(cls), cls.__name__, cls.__bases__, head), body, None, None, _fill_class
+_DISPATCHING = functools.singledispatch(repr).__code__
 
 
-def _make_class(token: str, meta: type, name: str, bases: tuple[type, ...], head: dict[str, Any]) -> type:
-    cls = _classes.get(token)
-    if cls is None:
-        cls = types.new_class(name, bases, {"metaclass": meta}, lambda scope: scope.update(head))
-        _classes[token] = cls
-        _class_tokens[cls] = token
-        _unfilled.add(cls)
+def _make_dispatching() -> Any:
+    return functools.singledispatch(lambda *_: None)
+
+
+def _fill_dispatching(f: Any, state: tuple[Any, ...]) -> None:
+    implementations, more = state
+    for cls, implementation in implementations:
+        f.register(cls, implementation)
+        if cls is object:
+            functools.update_wrapper(f, implementation)
+    for name, value in more.items():
+        if name not in ("register", "dispatch", "registry", "_clear_cache"):
+            setattr(f, name, value)
+
+
+def _reduce_method(self: Pickler, method: types.MethodType) -> Any:
+    """By its name where that leads to it, else as what it is made of: a child may have another of that name."""
+    f, owner = method.__func__, method.__self__
+    name = getattr(f, "__name__", "")
+    found = getattr(owner if isinstance(owner, type) else type(owner), name, None)
+    by_name = found is f or found is not None and getattr(found, "__func__", None) is f
+    return (getattr, (owner, name)) if by_name else (types.MethodType, (f, owner))
+
+
+# -- classes
+
+class _Record:
+    """What is known of a class, or a type variable, that goes by value."""
+
+    __slots__ = ("of", "token", "own", "blob", "version", "deps", "early", "reads", "live", "functions", "stamp",
+                 "guards", "stale", "filling")
+
+    def __init__(self, obj: Any, token: bytes, own: bool) -> None:
+        key = id(obj)
+        self.of = weakref.ref(obj, lambda _: _records.pop(key, None))
+        self.token = token
+        self.own = own                              # made here, where all others have their copies from
+        self.blob = b""                             # the definition
+        self.version = b""                          # the hash of the definition, or the last that was received
+        self.deps: list[Any] = []                   # what the definition refers to by number: classes and _Scopes
+        self.early = 0                              # the class itself: those before it are needed to make it
+        self.reads: dict[int, Any] = {}             # number of a _Scope -> names and chains that are read
+        self.live: tuple[str, ...] = ()             # attributes that are not in the definition
+        self.functions: list[Any] = []              # weakly: all that are in the definition
+        self.stamp: Any = None                      # identities of what the definition was made of
+        self.guards: list[Any] = []                 # keeps those identities from being reused unseen
+        self.stale = False
+        self.filling: Any = None                    # on the other side: where the rest of the definition comes from
+
+
+def _track(obj: Any, token: bytes, own: bool) -> _Record:
+    record = _records[id(obj)] = _Record(obj, token, own)
+    _tracked[token] = obj
+    return record
+
+
+def _record_of(obj: Any) -> _Record | None:
+    record = _records.get(id(obj))
+    return record if record is not None and record.of() is obj else None
+
+
+def _new_record(obj: Any, *content: bytes) -> _Record:
+    """With a token that is the same in every run: of the content, and of how many with that content there are."""
+    for number in itertools.count():
+        token = hash_of(*content, b"%d" % number)
+        if _tracked.get(token, obj) is obj:
+            return _track(obj, token, True)
+    raise AssertionError
+
+
+class _ClassPickler(Pickler):
+    """Makes the definition of a class: other classes, and the globals that its functions read, stay outside."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.deps: list[Any] = []
+        self.numbers: dict[int, int] = {}
+        self.read: dict[int, tuple[dict[str, None], dict[Any, None]]] = {}
+        self.functions: list[Any] = []
+
+    def persistent_id(self, obj: Any) -> int | None:
+        outside = (isinstance(obj, type) and not _class_by_reference(obj)) or type(obj) is _Scope or (
+            _is_type_variable(obj) and not _by_reference(obj, obj.__name__))
+        return self.number(obj) if outside else None
+
+    def number(self, obj: Any) -> int:
+        number = self.numbers.setdefault(id(obj), len(self.deps))
+        if number == len(self.deps):
+            self.deps.append(obj)
+        return number
+
+    def reads(self, f: types.FunctionType, definition: _Definition) -> Any:
+        names, chains = self.read.setdefault(self.number(self.scope(f)), ({}, {}))
+        names.update(dict.fromkeys(definition.names))
+        chains.update(dict.fromkeys(definition.chains))
+        self.functions.append(f)
+        return None, ()
+
+
+def _current_record(cls: Any) -> _Record:
+    """The record of a class with its definition as the class is now."""
+    record = _record_of(cls)
+    if record is not None and record.blob and not record.stale and record.stamp == _stamp(cls, record.functions):
+        return record
+    stream = io.BytesIO()
+    pickler = _ClassPickler(stream)
+    head, members, extra = (_enum_parts if _is_enum(cls) else _class_parts)(cls)
+    live = tuple(name for name, value in members.items() if not _is_fixed(name, value))
+    fixed = {name: _in_order(value) for name, value in members.items() if name not in live}
+    pickler.dump(head)
+    early = pickler.number(cls)
+    for part in (*_split(fixed), live, extra):
+        pickler.dump(part)
+    blob, classes = stream.getvalue(), [dep for dep in pickler.deps if type(dep) is not _Scope]
+    if record is None:
+        record = _new_record(cls, blob, *[dep.__name__.encode() for dep in classes])
+    record.blob, record.early, record.reads, record.live = blob, early, pickler.read, live
+    record.deps = [dep if type(dep) is _Scope else weakref.ref(dep) for dep in pickler.deps]
+    _watch(record, cls, pickler.functions)
+    record.version = hash_of(blob, *map(_token_of, classes))
+    return record
+
+
+def _token_of(dep: Any) -> bytes:
+    record = _record_of(dep) or (_current_record(dep) if isinstance(dep, type) else _variable_record(dep))
+    return record.token
+
+
+def _is_enum(cls: type) -> bool:
+    return "_member_map_" in vars(cls) and "_member_names_" in vars(cls)
+
+
+_OF_EACH_CLASS = frozenset((
+    "__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__", "__orig_bases__", "_abc_impl",
+    "_abc_registry", "_abc_cache", "_abc_negative_cache", "_abc_negative_cache_version", "__static_attributes__",
+    "__annotations_cache__"))
+
+
+def _members(cls: type) -> dict[str, Any]:
+    """What a class holds by its own, but for what making it brings along."""
+    return {sys.intern(name): value for name, value in vars(cls).items() if name not in _OF_EACH_CLASS and not (
+        isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)) and value.__objclass__ is cls)}
+
+
+def _interned(value: Any) -> Any:
+    """Pickle tells equal strings from the same string: with these there is no difference, in any process."""
+    if type(value) is tuple:
+        return tuple(map(_interned, value))
+    return sys.intern(value) if type(value) is str else value
+
+
+def _in_order(value: Any) -> Any:
+    return _Sorted(value) if type(value) in (set, frozenset) else _interned(value)
+
+
+class _Sorted(collections.namedtuple("_Sorted", "of")):
+    """Stands for a set, whose order is another in each run."""
+
+
+def _split(members: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Methods go first: instances of the class among the rest may need them."""
+    methods = {name: value for name, value in members.items()
+               if isinstance(value, (types.FunctionType, property, staticmethod, classmethod))}
+    return methods, {name: value for name, value in members.items() if name not in methods}
+
+
+def _head(cls: type) -> dict[str, Any]:
+    """What has to be in the namespace when a class is made."""
+    return {"__qualname__": _interned(cls.__qualname__), **{name: _interned(vars(cls)[name]) for name in (
+        "__module__", "__doc__", "__slots__", "__orig_bases__") if name in vars(cls)}}
+
+
+def _class_parts(cls: Any) -> tuple[Any, ...]:
+    registry: list[Any] = []
+    if isinstance(cls, abc.ABCMeta):
+        refs = vars(cls)["_abc_registry"] if "_abc_registry" in vars(cls) else abc._get_dump(cls)[0]  # type: ignore[attr-defined]
+        found = (ref() if isinstance(ref, weakref.ref) else ref for ref in refs)
+        registry = sorted(filter(None, found), key=lambda each: (each.__module__, each.__qualname__))
+    name = _interned(cls.__name__)
+    return (_make_class, type(cls), name, cls.__bases__, _head(cls)), _members(cls), registry
+
+
+def _enum_parts(cls: Any) -> tuple[Any, ...]:
+    """The members with what their data type is made from; none of the class's own constructors runs again."""
+    found = {name for name, value in vars(cls).items() if name in cls._member_map_ or name.startswith("_")
+             and name.endswith("_") and not name.startswith("__") and not isinstance(
+                 value, (types.FunctionType, staticmethod, classmethod))}
+    found |= {name for name in ("__new__", "_member_map_") if getattr(vars(cls).get(name), "__module__", "") == "enum"}
+    members = {name: value for name, value in _members(cls).items() if name not in found}
+    table = [(_interned(name), _interned(_data_of(member)), _interned(member._value_)) for name, member in cls._member_map_.items()]
+    own = {_interned(member._name_): {_interned(name): value for name, value in vars(member).items() if not (
+        name.startswith("_") and name.endswith("_"))} for member in cls}
+    boundary = getattr(cls, "_boundary_", None)
+    head = _make_enum, type(cls), _interned(cls.__name__), cls.__bases__, _head(cls), table, boundary
+    return head, members, {name: value for name, value in own.items() if value}
+
+
+def _data_of(member: Any) -> tuple[Any, ...]:
+    kind = member._member_type_
+    if hasattr(kind, "__getnewargs__"):
+        return tuple(kind.__getnewargs__(member))
+    reduced = kind.__reduce_ex__(member, 2) if kind.__reduce_ex__ is not object.__reduce_ex__ else ()
+    return tuple(reduced[1]) if reduced and reduced[0] is type(member) else ()
+
+
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)))
+_UNCHANGING = ("typing", "functools", "types", "enum", "collections", "_collections", "abc", "dataclasses")
+
+
+def _is_fixed(name: str, value: Any) -> bool:
+    """Whether another content means another object; what Python and its decorators leave in a class is taken to be."""
+    kind = type(value)
+    if name.startswith("__") and name.endswith("__") or name == "_field_defaults" or kind in _ATOMS or value is _EMPTY:
+        return True
+    if kind in (tuple, frozenset):
+        return all(_is_fixed("", each) for each in value)
+    if kind is property:
+        return all(_is_fixed("", each) for each in (value.fget, value.fset, value.fdel))
+    if kind in (staticmethod, classmethod):
+        return _is_fixed("", value.__func__)
+    if kind is types.FunctionType:
+        return all(_is_fixed("", each) for each in (*map(_contents, value.__closure__ or ()), value.__defaults__))
+    return isinstance(value, (type, types.BuiltinFunctionType, types.ModuleType)) or kind.__module__ in _UNCHANGING
+
+
+# What a definition was made of is known by identities. They must not keep the class alive, to which methods refer:
+# they are guarded by weak references, and by references to atoms.
+
+def _stamp(cls: type, functions: Iterable[Any]) -> list[Any] | None:
+    members = vars(cls)
+    parts = [*members, *map(id, members.values()), id(cls.__bases__)]
+    for ref in functions:
+        f = ref()
+        if f is None:
+            return None
+        parts += id(f.__code__), id(f.__defaults__)
+        if f.__closure__:
+            parts += [id(_contents(cell)) for cell in f.__closure__]
+    return parts
+
+
+def _watch(record: _Record, cls: type, functions: list[types.FunctionType]) -> None:
+    record.stale, record.guards = False, []
+    record.functions = [weakref.ref(f) for f in functions]
+    record.stamp = _stamp(cls, record.functions)
+    for value in (*vars(cls).values(), *functions):
+        _guard(record, value)
+    for f in functions:
+        for cell in f.__closure__ or ():
+            _guard(record, _contents(cell))
+
+
+def _guard(record: _Record, value: Any) -> None:
+    if type(value) in _ATOMS:
+        record.guards.append(value)
+    else:
+        with contextlib.suppress(TypeError):
+            record.guards.append(weakref.ref(value, lambda _: setattr(record, "stale", True)))
+
+
+def _reduce_class(self: Pickler, cls: Any) -> Any:
+    if id(cls) in _UNNAMED_TYPES:
+        return getattr, (types, _UNNAMED_TYPES[id(cls)])
+    if _class_by_reference(cls):
+        return NotImplemented
+    record = _current_record(cls)
+    deps = [self.scope(dep.of()) if type(dep) is _Scope else dep() for dep in record.deps]
+    early, late = tuple(deps[:record.early]), tuple(deps[record.early + 1:])
+    at_once = all(type(dep) is _Scope for dep in record.deps[record.early + 1:])   # no way back to the class itself
+    live = {name: vars(cls)[name] for name in record.live}
+    reads = []
+    for number, (names, chains) in record.reads.items() if record.own or not self.home else ():
+        space = record.deps[number].of().__globals__
+        read = {name: space[name] for name in names if name in space}
+        imports = _submodules(chains, read) if chains else ()
+        if read or imports:
+            reads.append((deps[number], read, imports))
+    blob = None if self.ref(record.blob, record.version) is record.version else record.blob
+    arguments = record.token, record.version, blob, early, late if at_once else None
+    if at_once and not (reads or live):
+        return _use_class, arguments
+    return _use_class, arguments, (None if at_once else late, live, reads), None, None, _fill_class
+
+
+class _ClassUnpickler(pickle.Unpickler):
+    def __init__(self, blob: bytes, early: tuple[Any, ...]) -> None:
+        super().__init__(io.BytesIO(blob))
+        self.deps = list(early)
+
+    def persistent_load(self, number: int) -> Any:
+        return self.deps[number]
+
+
+def _use_class(token: bytes, version: bytes, blob: bytes | None, early: tuple[Any, ...],
+               late: tuple[Any, ...] | None) -> Any:
+    """The class with that token: the one that is here, brought up to date unless it is this process's own, or made."""
+    cls = _tracked.get(token)
+    record = None if cls is None else _record_of(cls)
+    if record is not None and (record.own or record.version == version):
+        return cls
+    unpickler = _ClassUnpickler(_definition(version) if blob is None else blob, early)
+    make, *parts = unpickler.load()
+    if record is None:
+        cls = make(*parts)
+        record = _track(cls, token, False)
+    unpickler.deps.append(cls)
+    record.version, record.filling, record.blob = version, unpickler, b""
+    if late is not None:
+        _fill_members(cls, record, late)
     return cls
 
 
-_unfilled: weakref.WeakSet[type] = weakref.WeakSet()
+def _fill_class(cls: Any, state: tuple[Any, ...]) -> None:
+    late, live, reads = state
+    record = _record_of(cls)
+    if record is None or record.own:
+        return
+    if record.filling is not None and late is not None:
+        _fill_members(cls, record, late)
+    for name, value in live.items():
+        type.__setattr__(cls, name, value)
+    for scope, read, imports in reads:
+        for name in imports:
+            importlib.import_module(name)
+        space = scope if type(scope) is dict else _namespace(scope)
+        space.update(read)
+        for f in filter(None, map(_function_in, vars(cls).values())):       # should it be here from earlier bytes
+            if f.__globals__ is not space and f.__globals__.get("__name__") == space["__name__"]:
+                f.__globals__.update(read)
 
 
-def _reduce_enum(token: str, cls: Any) -> tuple[Any, ...]:
-    """An enum can't be made empty and filled: its members and whatever else its body held go at once."""
-    members = {name: member.value for name, member in cls._member_map_.items()}
-    body = {name: value for name, value in vars(cls).items()
-            if name not in members and not (name.startswith("_") and name.endswith("_"))}
-    head = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return _make_enum, (token, type(cls), cls.__name__, cls.__bases__, {**head, **body}, members)
+def _function_in(value: Any) -> types.FunctionType | None:
+    f = getattr(value, "__func__", value.fget if isinstance(value, property) else value)
+    return f if type(f) is types.FunctionType else None
 
 
-def _make_enum(token: str, meta: Any, name: str, bases: tuple[type, ...], body: dict[str, Any],
-               members: dict[str, Any]) -> type:
-    cls = _classes.get(token)
-    if cls is None:
-        scope = meta.__prepare__(name, bases)
-        for key, value in itertools.chain(body.items(), members.items()):
-            scope[key] = value
-        cls = _classes[token] = meta(name, bases, scope)
-        _class_tokens[cls] = token
-    return cls
+def _fill_members(cls: Any, record: _Record, late: tuple[Any, ...]) -> None:
+    """As they are, past the constructors and `__setattr__` of its metaclass."""
+    unpickler, record.filling = record.filling, None
+    unpickler.deps += late
+    members: dict[str, Any] = {}
+    for _ in ("methods", "what may need them"):
+        part = unpickler.load()
+        members.update(part)
+        for name, value in part.items():
+            if name in vars(cls):       # what making it brought along would keep its place: the order is content, too
+                type.__delattr__(cls, name)
+            type.__setattr__(cls, name, value)
+    live, extra = unpickler.load(), unpickler.load()
+    for name in live:           # they come next; a constructor that makes one may look at another
+        if name not in vars(cls):
+            type.__setattr__(cls, name, None)
+    if _is_enum(cls):
+        for name, attributes in extra.items():
+            vars(cls._member_map_[name]).update(attributes)
+        return
+    for name in _members(cls):
+        if name not in members and name not in live:
+            type.__delattr__(cls, name)
+    for each in extra:
+        cls.register(each)
 
 
-def _fill_class(cls: type, body: dict[str, Any]) -> None:
-    if cls in _unfilled:            # known from an earlier message, or our own come home: what it has is newer
-        _unfilled.discard(cls)
-        for name, value in body.items():
-            setattr(cls, name, value)
+def _make_class(meta: Any, name: str, bases: tuple[type, ...], head: dict[str, Any]) -> type:
+    """Without running the metaclass's own constructors again: they may want arguments that are not known any more."""
+    make = abc.ABCMeta.__new__ if issubclass(meta, abc.ABCMeta) else type.__new__
+    for quiet in (_Quiet, _QuietWithSlots) if any(map(_has_hook, bases)) else ():
+        with contextlib.suppress(TypeError):        # one of the two has the layout that the others have
+            cls = make(meta, name, (quiet, *bases), dict(head))
+            cls.__bases__ = bases
+            return cls
+    try:
+        return make(meta, name, bases, dict(head))
+    except TypeError:       # a metaclass of C's
+        return types.new_class(name, bases, {"metaclass": meta}, lambda scope: scope.update(head))
 
 
-def explain_unserializable(obj: Any, root: str, error: BaseException) -> str:
+def _has_hook(base: type) -> bool:
+    """An `__init_subclass__` that would run again, too."""
+    return _is_python(getattr(base.__init_subclass__, "__func__", None))
+
+
+class _Quiet:
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
+class _QuietWithSlots:
+    __slots__ = ()
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
+def _make_enum(meta: Any, name: str, bases: tuple[type, ...], head: dict[str, Any], table: list[Any],
+               boundary: Any) -> type:
+    def make(cls: Any, *arguments: Any) -> Any:
+        data, value = arguments[0] if len(arguments) == 1 else arguments
+        base = next(c for c in cls._member_type_.__mro__ if not isinstance(c.__new__, types.FunctionType))
+        member = base.__new__(cls, *data)
+        member._value_ = value
+        return member
+
+    scope = meta.__prepare__(name, bases)
+    members = {key: (data, value) for key, data, value in table}
+    for key, value in {**head, "__new__": make, "__init__": lambda *_: None, **members}.items():
+        scope[key] = value
+    cls: Any = meta(name, bases, scope) if boundary is None else meta(name, bases, scope, boundary=boundary)
+    type.__delattr__(cls, "__init__")
+    for key in ("__new_member__", "_new_member_"):
+        if vars(cls).get(key) is make:
+            type.__delattr__(cls, key)
+    return cls      # type: ignore[no-any-return]
+
+
+def _reduce_member(member: Any) -> Any:
+    cls, name = type(member), getattr(member, "_name_", None)
+    if cls._member_map_.get(name) is not member or _class_by_reference(cls):
+        return NotImplemented
+    return getattr, (cls, name)
+
+
+def _reduce_typing(self: Pickler, obj: Any) -> Any:
+    kind = type(obj).__name__
+    if not _is_type_variable(obj) and kind not in ("NewType", "TypeAliasType") or _by_reference(obj, obj.__name__):
+        return NotImplemented
+    if kind == "NewType":
+        return _make_typing, (kind, obj.__module__, [obj.__name__, obj.__supertype__], {})
+    if kind == "TypeAliasType":
+        return _make_typing, (kind, None, [obj.__name__, obj.__value__], {"type_params": obj.__type_params__})
+    record = _variable_record(obj)
+    arguments, options = [obj.__name__, *getattr(obj, "__constraints__", ())], {}
+    for name in ("bound", "covariant", "contravariant", "infer_variance"):
+        if getattr(obj, f"__{name}__", None):
+            options[name] = getattr(obj, f"__{name}__")
+    if getattr(obj, "has_default", bool)():
+        options["default"] = obj.__default__
+    return _use_type_variable, (record.token, kind, obj.__module__, arguments, options)
+
+
+def _variable_record(obj: Any) -> _Record:
+    name = f"{type(obj).__name__} {obj.__module__} {obj.__name__}"
+    return _record_of(obj) or _new_record(obj, name.encode())
+
+
+def _use_type_variable(token: bytes, kind: str, module: str, arguments: list[Any], options: dict[str, Any]) -> Any:
+    found = _tracked.get(token)
+    if found is None:
+        found = _make_typing(kind, module, arguments, options)
+        _track(found, token, False)
+    return found
+
+
+def _make_typing(kind: str, module: str | None, arguments: list[Any], options: dict[str, Any]) -> Any:
+    import typing
+    made = getattr(typing, kind)(*arguments, **options)
+    if module is not None:
+        made.__module__ = module
+    return made
+
+
+# -- other types
+
+def _reduce_module(self: Pickler, module: types.ModuleType) -> Any:
+    name = module.__name__
+    if sys.modules.get(name) is module and (name == "__main__" or _is_importable(name, module)):
+        return importlib.import_module, (sys.intern(name),)
+    content = {key: value for key, value in vars(module).items()
+               if key not in ("__builtins__", "__loader__", "__spec__", "__name__")}
+    if id(vars(module)) not in self.scopes:
+        self.scopes[id(vars(module))] = _ModuleScope(module)
+    return types.ModuleType, (name,), content, None, None, _fill_module
+
+
+class _ModuleScope(collections.namedtuple("_ModuleScope", "of")):
+    """Stands for the globals of functions in a module that goes by value itself."""
+
+
+def _fill_module(module: types.ModuleType, content: dict[str, Any]) -> None:
+    vars(module).update(content, __builtins__=builtins)
+
+
+def _reduce_exception(error: BaseException) -> Any:
+    """Past its own constructor, which need not take what `args` holds; builtin ones, and those that know better, by
+    themselves."""
+    cls = type(error)
+    if not (_is_python(cls.__init__) or _is_python(cls.__new__)) or _is_python(cls.__reduce_ex__) or _is_python(
+            cls.__reduce__):
+        return NotImplemented
+    made_by, arguments, *state = error.__reduce__()
+    group = getattr(builtins, "BaseExceptionGroup", None)
+    made_of = (error.message, error.exceptions) if group and isinstance(error, group) else arguments
+    return (_make_exception, (cls, made_of, error.args), *state) if made_by is cls else NotImplemented
+
+
+def _is_python(f: Any) -> bool:
+    return type(f) is types.FunctionType and type(f.__code__) is types.CodeType
+
+
+def _make_exception(cls: Any, made_of: tuple[Any, ...], args: tuple[Any, ...]) -> BaseException:
+    base = next(c for c in cls.__mro__ if c.__module__ == "builtins")
+    error: BaseException = base.__new__(cls, *made_of)
+    base.__init__(error, *made_of)
+    error.args = args
+    return error
+
+
+def _reduce_by_hook(obj: Any, cls: type, sfunc: Callable[[Any], bytes], ufunc: Callable[[bytes], Any]) -> Any:
+    try:
+        data = sfunc(obj)
+    except Exception as error:
+        raise TypeError(f"the serialization function for {cls.__qualname__} failed: "
+                        f"{type(error).__qualname__}: {error}") from error
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise TypeError(f"the serialization function for {cls.__qualname__} returned {type(data).__qualname__}, "
+                        "expected bytes")
+    return _load_by_hook, (cls.__qualname__, ufunc, bytes(data))
+
+
+def _load_by_hook(name: str, ufunc: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        return ufunc(data)
+    except Exception as error:
+        raise pickle.UnpicklingError(f"the unserialization function for {name} failed: "
+                                     f"{type(error).__qualname__}: {error}") from error
+
+
+def _reduce_code(self: Pickler, code: types.CodeType) -> Any:
+    return _make_code, (sys.implementation.cache_tag, _dump_code(code))
+
+
+def _make_code(tag: str, data: bytes) -> types.CodeType:
+    if tag != sys.implementation.cache_tag:
+        raise pickle.UnpicklingError(f"code that was compiled by {tag} can't run on {sys.implementation.cache_tag}")
+    return _load_code(data)
+
+
+def _reduce_lru_cache(self: Pickler, f: Any) -> Any:
+    if _by_reference(f, f.__qualname__):
+        return NotImplemented
+    return _make_lru_cache, (*f.cache_parameters().values(), f.__wrapped__)
+
+
+def _make_lru_cache(maxsize: int | None, typed: bool, f: Callable[..., Any]) -> Any:
+    return functools.lru_cache(maxsize, typed)(f)
+
+
+def _reduce_cached_property(self: Pickler, x: Any) -> Any:
+    return functools.cached_property, (x.func,), {name: value for name, value in vars(x).items()
+                                                  if name not in ("func", "lock")}
+
+
+def _reduce_memoryview(self: Pickler, view: memoryview) -> Any:
+    return _make_memoryview, (view.tobytes() if view.readonly else bytearray(view.tobytes()), view.format, view.shape)
+
+
+def _make_memoryview(data: bytes, format: str, shape: tuple[int, ...]) -> memoryview:
+    view = memoryview(data)
+    return view if format == "B" and len(shape) == 1 else view.cast("B").cast(format, shape)     # type: ignore[call-overload, no-any-return]
+
+
+def _reduce_view(kind: type[dict[Any, Any]], view: str, self: Pickler, x: Any) -> Any:
+    return _make_view, (view, kind(x if view == "items" else enumerate(x) if view == "values" else zip(x, x)))
+
+
+def _make_view(view: str, content: dict[Any, Any]) -> Any:
+    return getattr(content, view)()
+
+
+def _make_ref(obj: Any) -> Any:
+    return weakref.ref(_Quiet() if obj is None else obj)       # a dead one, where it was dead
+
+
+def _reduce_file(self: Pickler, file: Any) -> Any:
+    for name in ("stdout", "stderr"):
+        if file is getattr(sys, name, None) or file is getattr(sys, f"__{name}__", None):
+            return getattr, (sys, name)
+    raise TypeError(f"cannot pickle the open file {getattr(file, 'name', '')!r}: a file is open in one process; send "
+                    "its path, and open it there")
+
+
+def _refuse(what: str, instead: str) -> Callable[[Pickler, Any], NoReturn]:
+    def refuse(self: Pickler, obj: Any) -> NoReturn:
+        raise TypeError(f"cannot pickle {what}: {instead}")
+    return refuse
+
+
+_REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
+    types.FunctionType: _reduce_function,
+    types.MethodType: _reduce_method,
+    types.CellType: _reduce_cell,
+    types.CodeType: _reduce_code,
+    types.ModuleType: _reduce_module,
+    type: _reduce_class,
+    property: lambda self, x: (type(x), (x.fget, x.fset, x.fdel, x.__doc__)),
+    staticmethod: lambda self, x: (type(x), (x.__func__,)),
+    classmethod: lambda self, x: (type(x), (x.__func__,)),
+    types.MappingProxyType: lambda self, x: (types.MappingProxyType, (dict(x),)),
+    **{type(getattr(kind(), view)()): functools.partial(_reduce_view, kind, view)
+       for kind in (dict, collections.OrderedDict) for view in ("keys", "values", "items")},
+    **dict.fromkeys((types.GetSetDescriptorType, types.MemberDescriptorType),
+                    lambda self, x: (getattr, (x.__objclass__, x.__name__))),
+    memoryview: _reduce_memoryview,
+    weakref.ref: lambda self, x: (_make_ref, (x(),)),
+    weakref.WeakValueDictionary: lambda self, x: (weakref.WeakValueDictionary, (), None, None, iter(list(x.items()))),
+    weakref.WeakKeyDictionary: lambda self, x: (weakref.WeakKeyDictionary, (), None, None, iter(list(x.items()))),
+    type(functools.lru_cache(repr)): _reduce_lru_cache,
+    functools.cached_property: _reduce_cached_property,
+    _Scope: lambda self, x: (_new_scope, (x.name,)),
+    _ModuleScope: lambda self, x: (vars, (x.of,)),
+    _Stored: lambda self, x: (_definition, (x.hash,)),
+    _Sorted: lambda self, x: (type(x.of), (sorted(x.of, key=repr),)),
+    **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO), _reduce_file),
+    contextvars.ContextVar: _refuse("a ContextVar", "it has its values in one process; send the value"),
+    contextvars.Context: _refuse("a context", "it has its values in one process; send the values"),
+    types.GeneratorType: _refuse("a generator", "it is code that runs; send list(it), or what makes it"),
+    types.AsyncGeneratorType: _refuse("an async_generator", "it is code that runs; send what makes it"),
+    types.CoroutineType: _refuse("a coroutine", "it is code that runs; send the function, as in lambda: "
+                                 "asyncio.run(f())"),
+    types.FrameType: _refuse("a frame", "it is code that runs"),
+    types.TracebackType: _refuse("a traceback", "it refers to code that runs; send traceback.format_exception()"),
+}
+
+
+# -- types that pickle can't carry
+
+class SerialConfig(collections.namedtuple("SerialConfig", "cls sfunc ufunc")):
+    """What `serial_config()` returns: three tuples of equal length."""
+
+    __slots__ = ()
+
+
+def serial_config(cls: Any, sfunc: Any, ufunc: Any) -> SerialConfig:
+    """How to serialize a type that pickle can't carry, for `daemons(serial=...)`; its subclasses are included.
+
+    cls: the class. sfunc: a function of an instance that returns bytes. ufunc: a function of these bytes that returns
+    an instance. Sequences of equal length register several. Raises TypeError for what is no class or no function,
+    ValueError for sequences of different lengths.
+    """
+    parts = [tuple(x) if isinstance(x, (list, tuple)) else (x,) for x in (cls, sfunc, ufunc)]
+    if len({len(part) for part in parts}) != 1:
+        raise ValueError(f"{len(parts[0])} classes, {len(parts[1])} sfuncs and {len(parts[2])} ufuncs: expected as "
+                         "many of each")
+    for each in parts[0]:
+        if not isinstance(each, type):
+            raise TypeError(f"cls={each!r}: expected a class")
+    for name, functions in (("sfunc", parts[1]), ("ufunc", parts[2])):
+        for f in functions:
+            if not callable(f):
+                raise TypeError(f"{name}={f!r}: expected a function")
+    return SerialConfig(*parts)
+
+
+def register_serial(cls: Any, sfunc: Any, ufunc: Any) -> None:
+    """Registers what `serial_config()` describes for `dumps()`, and for all daemons that are set from now on."""
+    _registered.update(hooks_of(serial_config(cls, sfunc, ufunc)) or {})
+
+
+def hooks_of(config: SerialConfig | None) -> dict[type, Any] | None:
+    """By class; None, which stands for what is registered here, where there is no configuration."""
+    return None if config is None else dict(zip(config[0], zip(config[1], config[2])))
+
+
+def merge_serial(configs: Any) -> SerialConfig | None:
+    """One configuration, or a sequence of them, as one; None: what is registered."""
+    if configs is None:
+        return SerialConfig(tuple(_registered), *zip(*_registered.values())) if _registered else None
+    each = [configs] if isinstance(configs, SerialConfig) else configs
+    if not isinstance(each, (list, tuple)) or not all(isinstance(config, SerialConfig) for config in each):
+        raise TypeError(f"serial={configs!r}: expected what serial_config() returns, or a list of that")
+    return SerialConfig(*(tuple(itertools.chain.from_iterable(config[i] for config in each)) for i in range(3)))
+
+
+# -- saying what is wrong
+
+def explain_unserializable(obj: Any, root: str, error: BaseException, hooks: Mapping[type, Any] | None = None) -> str:
     """The path from `root` to the part of `obj` that can't be serialized, and why, as `args[1].lock: …`."""
     path, seen = root, {id(obj)}
     while len(seen) < 100 and not isinstance(error, RecursionError):
@@ -641,7 +1532,7 @@ def explain_unserializable(obj: Any, root: str, error: BaseException) -> str:
             if id(part) in seen:
                 continue
             try:
-                dumps(part)
+                dump_after(b"", part, hooks)
             except Exception as deeper:
                 path, obj, error = path + step, part, deeper
                 seen.add(id(part))
@@ -656,6 +1547,7 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(obj, dict):
         for key, value in obj.items():
             yield f"[{key!r}]", value
+            yield " (a key)", key
     elif isinstance(obj, (list, tuple)):
         for i, value in enumerate(obj):
             yield f"[{i}]", value
@@ -663,15 +1555,31 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
         for value in obj:
             yield "{…}", value
     elif isinstance(obj, types.FunctionType):
-        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or ()):
-            if _is_filled(cell):
-                yield f" (closes over {name})", cell.cell_contents
-        for name in _define(obj)[1]:
-            if name in obj.__globals__:
-                yield f" (reads global {name})", obj.__globals__[name]
-    elif not isinstance(obj, type):
-        for name, value in getattr(obj, "__dict__", {}).items():
-            yield f".{name}", value
+        yield from ((f" (closes over {name})", value) for name, value in _cells_of(obj).items() if value is not _EMPTY)
+        yield from ((f" (reads global {name})", obj.__globals__[name]) for name in _define(obj).names
+                    if name in obj.__globals__)
+        names = obj.__code__.co_varnames[:obj.__code__.co_argcount]
+        yield from ((f" (default of {name})", value) for name, value in zip(names[::-1], (obj.__defaults__ or ())[::-1]))
+        yield from ((f" (default of {name})", value) for name, value in (obj.__kwdefaults__ or {}).items())
+        yield from ((f".{name}", value) for name, value in vars(obj).items())
+    elif isinstance(obj, (types.MethodType, functools.partial)):
+        yield from ((f".{name}", getattr(obj, name)) for name in ("__self__", "__func__", "func", "args", "keywords")
+                    if hasattr(obj, name))
+    elif isinstance(obj, (staticmethod, classmethod)):
+        yield ".__func__", obj.__func__
+    elif isinstance(obj, type):
+        yield from ((f".{name}", value) for name, value in _members(obj).items())
+        yield from ((f" (base {base.__qualname__})", base) for base in obj.__bases__)
+    else:
+        yield from ((f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items())
+        yield from ((f".{name}", getattr(obj, name)) for cls in type(obj).__mro__ for name in _slots(cls)
+                    if hasattr(obj, name))
+        yield " (its class)", type(obj)
+
+
+def _slots(cls: type) -> Iterable[str]:
+    slots = vars(cls).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else (name for name in slots if not name.startswith("__"))
 
 
 # ======================================================================
@@ -686,22 +1594,89 @@ _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
 VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
 
 
-def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any],
-              path: list[str] | None) -> bytes:
-    """A task as bytes. `path`: the host's sys.path, where it differs from the daemon's.
+TOGETHER, APART = b"t", b"a"    # how a task begins: its two pickles share objects, or each stands alone
+
+
+def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
+              serial: SerialConfig | None = None) -> tuple[dict[bytes, bytes], bytes]:
+    """A task as bytes, and the definitions that they refer to, by hash. `path`: the host's sys.path, where it differs
+    from the daemon's. `serial`: for types that pickle can't carry.
 
     Raises TypeError where something can't be serialized, with the path to it.
     """
+    needs: dict[bytes, bytes] = {}
+    stream = io.BytesIO()
+    pickler = Pickler(stream, needs, hooks_of(serial))
+    stream.write(TOGETHER)
     try:
-        return dumps((f, args, kwargs, path))
+        _dump_function(stream, pickler, f, (), {}, path, serial)
+        pickler.dump((args, kwargs))
     except Exception as error:
-        for root, part in (("f", f), ("args", args), ("kwargs", kwargs)):
-            try:
-                dumps(part)
-            except Exception as why:
-                where = explain_unserializable(part, root, why)
-                raise TypeError(f"can't send the task to a daemon: {where}") from error
-        raise
+        raise _explain(error, hooks_of(serial), f=f, args=args, kwargs=kwargs) from error
+    return needs, stream.getvalue()
+
+
+def dump_constant(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
+                  serial: SerialConfig | None = None) -> tuple[dict[bytes, bytes], bytes]:
+    """What the tasks of a map have in common, to be completed by `dump_item()`."""
+    needs: dict[bytes, bytes] = {}
+    stream = io.BytesIO()
+    stream.write(APART)
+    try:
+        _dump_function(stream, Pickler(stream, needs, hooks_of(serial)), f, args, kwargs, path, serial)
+    except Exception as error:
+        raise _explain(error, hooks_of(serial), f=f, args=args, kwargs=kwargs) from error
+    return needs, stream.getvalue()
+
+
+def dump_item(constant: tuple[dict[bytes, bytes], bytes], item: Any, name: str,
+              serial: SerialConfig | None = None) -> tuple[dict[bytes, bytes], bytes]:
+    needs = dict(constant[0])
+    stream = io.BytesIO()
+    stream.write(constant[1])
+    try:
+        Pickler(stream, needs, hooks_of(serial)).dump(((item,), {}))
+    except Exception as error:
+        raise _explain(error, hooks_of(serial), **{name: item}) from error
+    return needs, stream.getvalue()
+
+
+def _dump_function(stream: io.BytesIO, pickler: Pickler, f: Any, *rest: Any) -> None:
+    """The first pickle of a task; in its place its hash, where it is large: it goes ahead as a definition."""
+    at = stream.tell()
+    pickler.dump((f, *rest))
+    if stream.tell() - at >= LARGE:
+        assert pickler.needs is not None
+        blob = stream.getvalue()[at:]
+        hash = hash_of(blob)
+        pickler.needs[hash] = blob
+        stream.seek(at)
+        stream.truncate()
+        stream.write(pickle.dumps(hash, 5))
+
+
+def _explain(error: Exception, hooks: Mapping[type, Any] | None, /, **parts: Any) -> Exception:
+    for root, part in parts.items():
+        try:
+            dump_after(b"", part, hooks)
+        except Exception as why:
+            return TypeError(f"can't send the task to a daemon: {explain_unserializable(part, root, why, hooks)}")
+    return error
+
+
+def _load_task(payload: bytes) -> tuple[Any, ...]:
+    """f, args, kwargs, path, serial."""
+    stream = io.BytesIO(payload)
+    alone = stream.read(1) == APART
+    unpickler = pickle.Unpickler(stream)
+    content = unpickler.load()
+    if type(content) is bytes:          # it went ahead
+        stream = io.BytesIO(b"".join([_definition(content), stream.read()]))
+        unpickler = pickle.Unpickler(stream)
+        content = unpickler.load()
+    f, more, options, path, serial = content
+    args, kwargs = (pickle.Unpickler(stream) if alone else unpickler).load()
+    return f, (*args, *more), {**options, **kwargs}, path, serial
 
 
 def check_source(source: str) -> None:
@@ -713,21 +1688,21 @@ def evaluate(payload: bytes) -> bytes:
     """Runs a task and gives its outcome. Everything that user code can raise, `_Interrupted` and SystemExit
     included, is an outcome; an interrupt may still come out of here while the outcome is being made."""
     try:
-        f, args, kwargs, path = loads(payload)
+        f, args, kwargs, path, serial = _load_task(payload)
         if path is not None:
             sys.path[:] = path
         value = _run_source(f, kwargs) if isinstance(f, str) else f(*args, **kwargs)
     except BaseException as error:
         return dump_failure(error)
-    return _dump_value(value)
+    return _dump_value(value, hooks_of(serial))
 
 
-def _dump_value(value: Any) -> bytes:
+def _dump_value(value: Any, hooks: Mapping[type, Any] | None) -> bytes:
     try:
-        return dump_after(VALUE, value)
+        return dump_after(VALUE, value, hooks, home=True)
     except BaseException as error:
         if isinstance(error, Exception):
-            where = explain_unserializable(value, "result", error)
+            where = explain_unserializable(value, "result", error, hooks)
             error = TypeError(f"the result can't be sent back: {where}").with_traceback(error.__traceback__)
         return dump_failure(error)
 
@@ -1471,6 +2446,7 @@ class _Peer:
         self.launch: tuple[int, int] | None = None      # slot, serial of a local daemon
         self.name = ""
         self.pid = 0
+        self.known: set[bytes] = set()                  # definitions that were sent to it
         self.last_task = -1                             # what it said it would finish before it leaves
         self.events = selectors.EVENT_READ
         self.handle: Callable[[_Peer, Message], None] | None = None
@@ -1492,6 +2468,7 @@ class Dispatcher:
         self.numbers = itertools.count(1)
         self.host: _Peer | None = None
         self.frames: dict[int, bytes] = {}          # task -> its frame, until it is resolved
+        self.definitions: dict[bytes, bytes] = {}   # hash -> its frame, until the host drops it
         self.specs: dict[int, Any] = {}             # slot -> what its daemons are started with
         self.serials: dict[int, int] = {}           # slot -> which of its launches counts
         self.joined: dict[int, _Peer] = {}          # slot -> its daemon, until the nursery tells of its end
@@ -1708,6 +2685,10 @@ class Dispatcher:
         elif kind == Kind.CANCEL:
             self.frames.pop(id, None)
             self._do(self.core.cancelled(id))
+        elif kind == Kind.DEFINE:
+            self.definitions[payload[:HASH_SIZE]] = encode(kind, 0, payload)
+        elif kind == Kind.DROP:
+            self._drop_definitions(split_hashes(payload))
         elif kind == Kind.LAUNCH:
             wish = decode_json(message)
             first = len(self.specs)
@@ -1718,6 +2699,16 @@ class Dispatcher:
             self._do(self.core.launch(slots))
         else:
             raise ProtocolError(f"{message!r} from a host")
+
+    def _drop_definitions(self, hashes: list[bytes]) -> None:
+        for hash in hashes:
+            self.definitions.pop(hash, None)
+        for daemon in self.core.daemons:
+            peer = self.peers.get(daemon)
+            known = [] if peer is None else [hash for hash in hashes if hash in peer.known]
+            if peer is not None and known:
+                peer.known.difference_update(known)
+                self._post(peer, encode(Kind.DROP, 0, b"".join(known)))
 
     def _from_daemon(self, peer: _Peer, message: Message) -> None:
         if message.kind == Kind.RESULT:
@@ -1770,7 +2761,12 @@ class Dispatcher:
             self.effects[type(effect)](effect)
 
     def _assign(self, effect: Any) -> None:
-        self._post(self.peers[effect.daemon], self.frames[effect.task])
+        peer, frame = self.peers[effect.daemon], self.frames[effect.task]
+        for hash in needs_of(frame):
+            if hash not in peer.known and hash in self.definitions:
+                peer.known.add(hash)
+                self._post(peer, self.definitions[hash])
+        self._post(peer, frame)
 
     def _interrupt(self, effect: Any, delay: float = INTERRUPT_AGAIN) -> None:
         """Again and again, ever more rarely, until the daemon has given the task back."""
@@ -1971,6 +2967,16 @@ class _ThreadInbox:
                 os._exit(0)
 
 
+def _take_definitions(message: Message) -> None:
+    if message.kind == Kind.DEFINE:
+        receive_definition(message.payload[:HASH_SIZE], message.payload[HASH_SIZE:])
+    elif message.kind == Kind.DROP:
+        for hash in split_hashes(message.payload):
+            drop_definition(hash)
+    else:
+        raise ProtocolError(f"{message!r} from a dispatcher")
+
+
 class _Daemon:
     """The loop of a daemon: one task at a time, each under a guard that lets an interrupt in."""
 
@@ -1998,6 +3004,9 @@ class _Daemon:
                     return self._leave(WALLTIME if time.monotonic() >= self.end else IDLETIME)
                 if message is None:
                     return DIED
+                if message.kind != Kind.TASK:
+                    _take_definitions(message)
+                    continue
                 outcome = self._run(message)
                 done += 1
                 if self.limited or self.stopping:
@@ -2014,8 +3023,6 @@ class _Daemon:
 
     def _run(self, message: Message) -> bytes:
         """Evaluates a task. The interrupt that is meant for it is raised only between arming and disarming, once."""
-        if message.kind != Kind.TASK:
-            raise ProtocolError(f"{message!r} from a dispatcher")
         self.inbox.begin(message.id)
         try:
             self.armed = message.id
@@ -2590,6 +3597,7 @@ class Mirai(FutureOfAny):
     _outcome: bytes | None = None       # as it came, until somebody looks
     _value: Any = UNRESOLVED            # the value or the error value, once looked at
     _failed = False
+    needs: tuple[bytes, ...] = ()       # definitions that its task refers to; the owner's
     __iter__ = None                     # `m[:]` would otherwise make it iterable, for ever
 
     def __init__(self, id: int, owner: _Owner) -> None:
@@ -2794,6 +3802,9 @@ class Link(_Owner):
         self.sending = threading.RLock()        # reentrant as well: finalizers and signal handlers may use mirais
         self.pending: dict[int, Mirai] = {}
         self.deadlines: list[tuple[float, int]] = []
+        self.ahead: dict[bytes, list[int]] = {}     # definitions that are there -> tasks that need it, its size
+        self.unneeded: dict[bytes, None] = {}       # those that no task needs now, the longest first
+        self.unneeded_bytes = 0
         self.counts = (0, 0, 0, 0, 0)
         self.completed = 0
         self.launch_error: str | None = None    # why launching was given up
@@ -2815,15 +3826,18 @@ class Link(_Owner):
 
     # -- sending
 
-    def submit(self, m: Mirai, payload: bytes, retries: int, timeout: float | None) -> None:
-        """Sends a task; MiraiConnectionReset where the dispatcher is gone."""
+    def submit(self, m: Mirai, task: tuple[dict[bytes, bytes], bytes], retries: int, timeout: float | None) -> None:
+        """Sends a task, and what it needs before it; MiraiConnectionReset where the dispatcher is gone."""
         if self.closed is not None:
             raise MiraiConnectionReset(self.closed)
+        needs, body = task
         try:
             self.pending[m.id] = m
-            self._send(encode(Kind.TASK, m.id, payload, min(retries, 65535)))
+            if needs:
+                self._send_ahead(m, needs)
+            self._send(encode_task(m.id, body, needs, retries))
         except BaseException:
-            self.pending.pop(m.id, None)
+            self._forget(m)
             raise
         if timeout is not None:
             with self.lock:
@@ -2831,6 +3845,44 @@ class Link(_Owner):
                 first = self.deadlines[0][1] == m.id
             if first:
                 self._prompt()
+
+    def _send_ahead(self, m: Mirai, needs: dict[bytes, bytes]) -> None:
+        """Notes that a task needs these definitions, and sends those that are not there. Counted first and noted
+        after: an interrupt in between keeps one for longer, and drops none too early."""
+        for hash, blob in needs.items():
+            with self.sending:
+                with self.lock:
+                    held = self.ahead.setdefault(hash, [0, 0])
+                    held[0] += 1
+                    m.needs = (*m.needs, hash)
+                    if hash in self.unneeded:
+                        del self.unneeded[hash]
+                        self.unneeded_bytes -= held[1]
+                if not held[1]:
+                    self._send(encode(Kind.DEFINE, 0, hash + blob))
+                    held[1] = len(blob)
+
+    def _forget(self, m: Mirai) -> bool:
+        """It is under way no more; the definitions that it alone needed may go, the longest unneeded first. The last
+        of them stays, whatever its size: else each of a row of tasks would have it sent anew."""
+        with self.lock:
+            if self.pending.pop(m.id, None) is None:
+                return False
+            for hash in m.needs:
+                held = self.ahead[hash]
+                held[0] -= 1
+                if not held[0]:
+                    self.unneeded[hash] = None
+                    self.unneeded_bytes += held[1]
+            dropped = []
+            while self.unneeded_bytes > KEPT_DEFINITIONS and len(self.unneeded) > 1:
+                hash = next(iter(self.unneeded))
+                del self.unneeded[hash]
+                self.unneeded_bytes -= self.ahead.pop(hash)[1]
+                dropped.append(hash)
+            if dropped:
+                self.connection.leave(encode(Kind.DROP, 0, b"".join(dropped)))
+            return True
 
     def _send(self, frame: bytes) -> None:
         with self.sending:
@@ -2898,7 +3950,7 @@ class Link(_Owner):
     def _resolve(self, m: Mirai, outcome: bytes | ErrorValue) -> bool:
         """Settled first and forgotten after: an interrupt in between repeats it, which changes nothing."""
         settled = m.settle(outcome)
-        if self.pending.pop(m.id, None) is not None:
+        if self._forget(m):
             self.completed += 1
         return settled
 
@@ -3158,8 +4210,8 @@ _THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", 
 class _Profile:
     """A set of daemons: their dispatcher, and the link to it."""
 
-    def __init__(self, name: str, url: str | None, key: bytes, elastic: bool) -> None:
-        self.name = name
+    def __init__(self, name: str, url: str | None, key: bytes, serial: SerialConfig | None, elastic: bool) -> None:
+        self.name, self.serial = name, serial
         self.nursery = _get_nursery()
         self.job, self.url = self.nursery.start({"url": url or local_url(), "key": key.hex(), "elastic": elastic})
         try:
@@ -3169,6 +4221,9 @@ class _Profile:
             raise
         self.path = import_path()       # what its daemons have: a task is sent the host's where that has changed
         self.spec: Mapping[str, Any] = {}
+
+    def changed_path(self) -> list[str] | None:
+        return None if sys.path == self.path else import_path()
 
     def launch(self, n: int, options: Mapping[str, Any]) -> None:
         """Adds n local daemons; returns when they are ready. LaunchError with their last words where they won't be."""
@@ -3301,14 +4356,16 @@ class Daemons:
         return f"<daemons {self.compute!r}: {state}>"
 
 
-def daemons(n: int | str | None = _MISSING, url: str | None = None, *, key: str | bytes | None = None,
+def daemons(n: int | str | None = _MISSING, url: str | None = None, *,
+            serial: SerialConfig | Sequence[SerialConfig] | None = None, key: str | bytes | None = None,
             compute: str | None = None, **daemon_options: Any) -> Daemons:
     """Sets n local daemons, persistent background processes that evaluate mirais; resets those set before.
 
     n: how many (`"auto"`: `cpu_count()`); 0 or None ends them: what is unresolved becomes a
     `MiraiConnectionReset`, and `mirai()` has processes of its own again. url: where the dispatcher listens,
     `'tcp://127.0.0.1:0'` or `'ipc:///path'`, so that daemons can also be started by hand; with a url n may be
-    left out. key: what they prove themselves by, 64 hexadecimal digits or 32 bytes; random by default.
+    left out. serial: for types that pickle can't carry, from `serial_config()`; by default what `register_serial()`
+    was given. key: what they prove themselves by, 64 hexadecimal digits or 32 bytes; random by default.
     compute: the profile, an independent set of daemons; the current one by default. daemon_options: as for
     `daemon()`: idletime, walltime, maxtasks.
 
@@ -3322,12 +4379,13 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, *, key: str 
     if url is not None:
         parse_url(url)
     parsed = os.urandom(32) if key is None else parse_key(key)
+    configuration = merge_serial(serial)
     with _setting:
         if name in _profiles:
             _profiles.pop(name).close()
         if n == 0 or n is None:
             return Daemons(name, -1)
-        profile = _Profile(name, url, parsed, elastic=False)
+        profile = _Profile(name, url, parsed, configuration, elastic=False)
         try:
             if count:
                 profile.launch(count, daemon_options)
@@ -3367,7 +4425,7 @@ def _ephemeral_profile() -> _Profile:
         if _ephemeral and (_ephemeral[0].link.closed is not None or _ephemeral[0].link.launch_error is not None):
             _ephemeral.pop().close()
         if not _ephemeral:
-            _ephemeral.append(_Profile("ephemeral", None, os.urandom(32), elastic=True))
+            _ephemeral.append(_Profile("ephemeral", None, os.urandom(32), merge_serial(None), elastic=True))
         _ephemeral[0].refresh()
         return _ephemeral[0]
 
@@ -3485,9 +4543,9 @@ def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float
     """
     _check_task(f, args, kwargs, _timeout, _retries)
     profile = _find(_compute) or _ephemeral_profile()
-    payload = dump_task(f, args, kwargs, None if sys.path == profile.path else import_path())
+    task = dump_task(f, args, kwargs, profile.changed_path(), profile.serial)
     m = Mirai(next(_ids), profile.link)
-    profile.link.submit(m, payload, _retries, _timeout)
+    profile.link.submit(m, task, _retries, _timeout)
     return m
 
 
@@ -3525,12 +4583,18 @@ def mirai_map(items: Iterable[Any] | Mapping[Any, Any], f: Callable[..., Any], /
     if not callable(f):
         raise TypeError(f"can't map {f!r}: expected a callable, called as f(item, *args, **kwargs)")
     require_daemons(_compute)
+    _check_task(f, args, kwargs, _timeout, _retries)
+    profile = _find(_compute)
+    assert profile is not None
     names = list(items) if isinstance(items, collections.abc.Mapping) else None
     values = list(items.values()) if isinstance(items, collections.abc.Mapping) else list(items)
+    constant = dump_constant(f, args, kwargs, profile.changed_path(), profile.serial)
     made: list[Mirai] = []
     try:
-        for value in values:
-            made.append(mirai(f, value, *args, _timeout=_timeout, _retries=_retries, _compute=_compute, **kwargs))
+        for i, value in enumerate(values):
+            task = dump_item(constant, value, f"items[{i if names is None else names[i]!r}]", profile.serial)
+            made.append(Mirai(next(_ids), profile.link))
+            profile.link.submit(made[-1], task, _retries, _timeout)
     except BaseException:
         stop_mirai(made)
         raise
