@@ -579,6 +579,11 @@ def _is_type_variable(obj: Any) -> bool:
     return kind.__module__ == "typing" and kind.__name__ in ("TypeVar", "ParamSpec", "TypeVarTuple")
 
 
+def _is_python(f: Any) -> bool:
+    """On PyPy built-in ones are functions, too."""
+    return type(f) is types.FunctionType and type(f.__code__) is types.CodeType
+
+
 # -- the pickler
 
 class _Scope:
@@ -601,11 +606,16 @@ class Pickler(pickle.Pickler):
         super().__init__(stream, 5)
         self.needs, self.home = needs, home
         self.hooks = _registered if hooks is None else hooks
+        self.settled = True                     # all that went by value is in these two, and is watched or settled:
+        self.functions: list[Any] = []
+        self.classes: list[Any] = []
         self.scopes: dict[Any, Any] = {}        # by id(globals); names of modules that are taken
         self.large: dict[int, _Stored] = {}     # by id(bytes)
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
+        if kind is types.FunctionType and obj.__globals__ is _own_globals and "<" not in obj.__qualname__:
+            return NotImplemented
         if self.hooks:
             for cls in kind.__mro__:
                 if cls in self.hooks:
@@ -672,6 +682,58 @@ class Pickler(pickle.Pickler):
 
 
 _large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()
+
+
+class _Watch:
+    """What bytes were made from, a class and functions: by identities, so that a change is seen. They must not keep
+    the class alive, to which its methods refer: they are guarded by weak references, and by references to atoms."""
+
+    __slots__ = ("functions", "reads", "stamp", "guards", "stale")
+
+    def __init__(self, cls: type | None, functions: Iterable[types.FunctionType], reads: bool) -> None:
+        self.functions = [weakref.ref(f) for f in functions]
+        self.reads = reads                          # whether the globals that are read count
+        self.stale = False
+        self.guards: list[Any] = []
+        self.stamp = self._identities(cls, self._guard)
+
+    def holds(self, cls: type | None) -> bool:
+        return not self.stale and self.stamp == self._identities(cls, id)
+
+    def _identities(self, cls: type | None, id: Callable[[Any], int]) -> list[Any]:
+        found: list[Any] = []
+        if cls is not None:
+            members = vars(cls)
+            found += [*members, *map(id, members.values()), id(cls.__bases__)]
+        for ref in self.functions:
+            f = ref()
+            if f is None:
+                return []
+            found += id(f.__code__), id(f.__defaults__), id(f.__kwdefaults__), *map(id, f.__dict__.values())
+            if f.__closure__:
+                found += [id(_contents(cell)) for cell in f.__closure__]
+            if self.reads:
+                space = f.__globals__
+                found += [id(space.get(name, _EMPTY)) for name in _define(f).names]
+        return found
+
+    def _guard(self, value: Any) -> int:
+        if type(value) in _ATOMS:
+            self.guards.append(value)
+        else:
+            with contextlib.suppress(TypeError):
+                self.guards.append(weakref.ref(value, lambda _: setattr(self, "stale", True)))
+        return id(value)
+
+
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)))
+
+
+def _is_settled(value: Any) -> bool:
+    """Whether it changes only by another taking its place, or is watched itself."""
+    kind = type(value)
+    return kind in _ATOMS or value is _EMPTY or kind in (types.FunctionType, types.BuiltinFunctionType,
+        types.ModuleType) or isinstance(value, type) or kind is tuple and all(map(_is_settled, value))
 
 
 # -- functions
@@ -764,12 +826,14 @@ def _contents(cell: types.CellType) -> Any:
 
 
 def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
-    if type(f.__code__) is not types.CodeType:      # PyPy's built-in ones
+    if not _is_python(f):
         return NotImplemented
-    name = f.__qualname__
-    if f.__globals__ is _own_globals and "<" not in name or _by_reference(f, name):
+    if _by_reference(f, f.__qualname__):
         return NotImplemented
+    if "cache_parameters" in f.__dict__:
+        return _reduce_lru_cache(self, f)
     if f.__code__ is _DISPATCHING:
+        self.settled = False
         return _make_dispatching, (), (list(f.registry.items()), f.__dict__), None, None, _fill_dispatching  # type: ignore[attr-defined]
     definition = _define(f)
     if self.needs is not None and f.__closure__:
@@ -777,14 +841,24 @@ def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
             if type(value) is bytes and len(value) >= LARGE:
                 self.store(value, f)
     read, imports = self.reads(f, definition)
-    more = {name: value for name, value in (
-        ("__defaults__", f.__defaults__), ("__kwdefaults__", f.__kwdefaults__), ("__annotations__", _annotations(f)),
-        ("__type_params__", getattr(f, "__type_params__", None))) if value}
-    more.update((_interned(name), value) for name, value in f.__dict__.items())
+    more = _attributes_of(f)
+    self.functions.append(f)
+    if self.settled:
+        values = (*map(_contents, f.__closure__ or ()), *(read or {}).values(), f.__defaults__, *f.__dict__.values())
+        self.settled = not f.__kwdefaults__ and all(map(_is_settled, values))
     arguments = self.ref(definition.blob, definition.hash), f.__closure__, self.scope(f)
     if not (read or more or imports):
         return _make_function, arguments
     return _make_function, arguments, (more, read, imports), None, None, _fill_function
+
+
+def _attributes_of(f: types.FunctionType) -> dict[str, Any]:
+    more = {name: value for name, value in (
+        ("__defaults__", f.__defaults__), ("__kwdefaults__", f.__kwdefaults__), ("__annotations__", _annotations(f)),
+        ("__type_params__", getattr(f, "__type_params__", None))) if value}
+    for name, value in f.__dict__.items():
+        more[_interned(name)] = value
+    return more
 
 
 def _annotations(f: Any) -> Any:
@@ -846,6 +920,17 @@ def _fill_cell(cell: types.CellType, state: tuple[Any, ...]) -> None:
     cell.cell_contents = state[0]
 
 
+def _reduce_lru_cache(self: Pickler, f: Any) -> Any:
+    if _by_reference(f, f.__qualname__):
+        return NotImplemented
+    self.settled = False
+    return _make_lru_cache, (*f.cache_parameters().values(), f.__wrapped__)
+
+
+def _make_lru_cache(maxsize: int | None, typed: bool, f: Callable[..., Any]) -> Any:
+    return functools.lru_cache(maxsize, typed)(f)
+
+
 _DISPATCHING = functools.singledispatch(repr).__code__
 
 
@@ -878,8 +963,7 @@ def _reduce_method(self: Pickler, method: types.MethodType) -> Any:
 class _Record:
     """What is known of a class, or a type variable, that goes by value."""
 
-    __slots__ = ("of", "token", "own", "blob", "version", "deps", "early", "reads", "live", "functions", "stamp",
-                 "guards", "stale", "filling")
+    __slots__ = ("of", "token", "own", "blob", "version", "deps", "early", "reads", "live", "watch", "filling")
 
     def __init__(self, obj: Any, token: bytes, own: bool) -> None:
         key = id(obj)
@@ -892,10 +976,7 @@ class _Record:
         self.early = 0                              # the class itself: those before it are needed to make it
         self.reads: dict[int, Any] = {}             # number of a _Scope -> names and chains that are read
         self.live: tuple[str, ...] = ()             # attributes that are not in the definition
-        self.functions: list[Any] = []              # weakly: all that are in the definition
-        self.stamp: Any = None                      # identities of what the definition was made of
-        self.guards: list[Any] = []                 # keeps those identities from being reused unseen
-        self.stale = False
+        self.watch: _Watch | None = None            # over what the definition was made from
         self.filling: Any = None                    # on the other side: where the rest of the definition comes from
 
 
@@ -927,7 +1008,6 @@ class _ClassPickler(Pickler):
         self.deps: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.read: dict[int, tuple[dict[str, None], dict[Any, None]]] = {}
-        self.functions: list[Any] = []
 
     def persistent_id(self, obj: Any) -> int | None:
         outside = (isinstance(obj, type) and not _class_by_reference(obj)) or type(obj) is _Scope or (
@@ -944,14 +1024,13 @@ class _ClassPickler(Pickler):
         names, chains = self.read.setdefault(self.number(self.scope(f)), ({}, {}))
         names.update(dict.fromkeys(definition.names))
         chains.update(dict.fromkeys(definition.chains))
-        self.functions.append(f)
         return None, ()
 
 
 def _current_record(cls: Any) -> _Record:
     """The record of a class with its definition as the class is now."""
     record = _record_of(cls)
-    if record is not None and record.blob and not record.stale and record.stamp == _stamp(cls, record.functions):
+    if record is not None and record.blob and record.watch is not None and record.watch.holds(cls):
         return record
     stream = io.BytesIO()
     pickler = _ClassPickler(stream)
@@ -967,9 +1046,14 @@ def _current_record(cls: Any) -> _Record:
         record = _new_record(cls, blob, *[dep.__name__.encode() for dep in classes])
     record.blob, record.early, record.reads, record.live = blob, early, pickler.read, live
     record.deps = [dep if type(dep) is _Scope else weakref.ref(dep) for dep in pickler.deps]
-    _watch(record, cls, pickler.functions)
+    record.watch = _Watch(cls, pickler.functions, False)
     record.version = hash_of(blob, *map(_token_of, classes))
     return record
+
+
+def is_current(of: Callable[[], Any], version: bytes) -> bool:
+    cls = of()
+    return cls is not None and _current_record(cls).version == version
 
 
 def _token_of(dep: Any) -> bytes:
@@ -1054,59 +1138,18 @@ def _data_of(member: Any) -> tuple[Any, ...]:
     return tuple(reduced[1]) if reduced and reduced[0] is type(member) else ()
 
 
-_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)))
 _UNCHANGING = ("typing", "functools", "types", "enum", "collections", "_collections", "abc", "dataclasses")
 
 
 def _is_fixed(name: str, value: Any) -> bool:
     """Whether another content means another object; what Python and its decorators leave in a class is taken to be."""
-    kind = type(value)
-    if name.startswith("__") and name.endswith("__") or name == "_field_defaults" or kind in _ATOMS or value is _EMPTY:
+    if name.startswith("__") and name.endswith("__") or name == "_field_defaults":
         return True
-    if kind in (tuple, frozenset):
-        return all(_is_fixed("", each) for each in value)
-    if kind is property:
-        return all(_is_fixed("", each) for each in (value.fget, value.fset, value.fdel))
-    if kind in (staticmethod, classmethod):
-        return _is_fixed("", value.__func__)
-    if kind is types.FunctionType:
-        return all(_is_fixed("", each) for each in (*map(_contents, value.__closure__ or ()), value.__defaults__))
-    return isinstance(value, (type, types.BuiltinFunctionType, types.ModuleType)) or kind.__module__ in _UNCHANGING
-
-
-# What a definition was made of is known by identities. They must not keep the class alive, to which methods refer:
-# they are guarded by weak references, and by references to atoms.
-
-def _stamp(cls: type, functions: Iterable[Any]) -> list[Any] | None:
-    members = vars(cls)
-    parts = [*members, *map(id, members.values()), id(cls.__bases__)]
-    for ref in functions:
-        f = ref()
-        if f is None:
-            return None
-        parts += id(f.__code__), id(f.__defaults__)
-        if f.__closure__:
-            parts += [id(_contents(cell)) for cell in f.__closure__]
-    return parts
-
-
-def _watch(record: _Record, cls: type, functions: list[types.FunctionType]) -> None:
-    record.stale, record.guards = False, []
-    record.functions = [weakref.ref(f) for f in functions]
-    record.stamp = _stamp(cls, record.functions)
-    for value in (*vars(cls).values(), *functions):
-        _guard(record, value)
-    for f in functions:
-        for cell in f.__closure__ or ():
-            _guard(record, _contents(cell))
-
-
-def _guard(record: _Record, value: Any) -> None:
-    if type(value) in _ATOMS:
-        record.guards.append(value)
-    else:
-        with contextlib.suppress(TypeError):
-            record.guards.append(weakref.ref(value, lambda _: setattr(record, "stale", True)))
+    functions = (value.fget, value.fset, value.fdel) if type(value) is property else (_function_in(value),)
+    for f in filter(_is_python, functions):
+        if not all(map(_is_settled, (*map(_contents, f.__closure__ or ()), f.__defaults__))):
+            return False
+    return any(map(_is_python, functions)) or _is_settled(value) or type(value).__module__ in _UNCHANGING
 
 
 def _reduce_class(self: Pickler, cls: Any) -> Any:
@@ -1126,6 +1169,9 @@ def _reduce_class(self: Pickler, cls: Any) -> Any:
         imports = _submodules(chains, read) if chains else ()
         if read or imports:
             reads.append((deps[number], read, imports))
+            self.settled = self.settled and all(map(_is_settled, read.values()))
+    self.classes.append((record.of, record.version))
+    self.settled = self.settled and not live
     blob = None if self.ref(record.blob, record.version) is record.version else record.blob
     arguments = record.token, record.version, blob, early, late if at_once else None
     if at_once and not (reads or live):
@@ -1182,7 +1228,7 @@ def _fill_class(cls: Any, state: tuple[Any, ...]) -> None:
 
 def _function_in(value: Any) -> types.FunctionType | None:
     f = getattr(value, "__func__", value.fget if isinstance(value, property) else value)
-    return f if type(f) is types.FunctionType else None
+    return f if _is_python(f) else None
 
 
 def _fill_members(cls: Any, record: _Record, late: tuple[Any, ...]) -> None:
@@ -1247,7 +1293,7 @@ def _make_enum(meta: Any, name: str, bases: tuple[type, ...], head: dict[str, An
                boundary: Any) -> type:
     def make(cls: Any, *arguments: Any) -> Any:
         data, value = arguments[0] if len(arguments) == 1 else arguments
-        base = next(c for c in cls._member_type_.__mro__ if not isinstance(c.__new__, types.FunctionType))
+        base = next(c for c in cls._member_type_.__mro__ if not _is_python(c.__new__))
         member = base.__new__(cls, *data)
         member._value_ = value
         return member
@@ -1316,6 +1362,7 @@ def _reduce_module(self: Pickler, module: types.ModuleType) -> Any:
     name = module.__name__
     if sys.modules.get(name) is module and (name == "__main__" or _is_importable(name, module)):
         return importlib.import_module, (sys.intern(name),)
+    self.settled = False
     content = {key: value for key, value in vars(module).items()
                if key not in ("__builtins__", "__loader__", "__spec__", "__name__")}
     if id(vars(module)) not in self.scopes:
@@ -1342,10 +1389,6 @@ def _reduce_exception(error: BaseException) -> Any:
     group = getattr(builtins, "BaseExceptionGroup", None)
     made_of = (error.message, error.exceptions) if group and isinstance(error, group) else arguments
     return (_make_exception, (cls, made_of, error.args), *state) if made_by is cls else NotImplemented
-
-
-def _is_python(f: Any) -> bool:
-    return type(f) is types.FunctionType and type(f.__code__) is types.CodeType
 
 
 def _make_exception(cls: Any, made_of: tuple[Any, ...], args: tuple[Any, ...]) -> BaseException:
@@ -1384,16 +1427,6 @@ def _make_code(tag: str, data: bytes) -> types.CodeType:
     if tag != sys.implementation.cache_tag:
         raise pickle.UnpicklingError(f"code that was compiled by {tag} can't run on {sys.implementation.cache_tag}")
     return _load_code(data)
-
-
-def _reduce_lru_cache(self: Pickler, f: Any) -> Any:
-    if _by_reference(f, f.__qualname__):
-        return NotImplemented
-    return _make_lru_cache, (*f.cache_parameters().values(), f.__wrapped__)
-
-
-def _make_lru_cache(maxsize: int | None, typed: bool, f: Callable[..., Any]) -> Any:
-    return functools.lru_cache(maxsize, typed)(f)
 
 
 def _reduce_cached_property(self: Pickler, x: Any) -> Any:
@@ -1437,6 +1470,7 @@ def _refuse(what: str, instead: str) -> Callable[[Pickler, Any], NoReturn]:
 
 
 _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
+    type(functools.lru_cache(repr)): _reduce_lru_cache,         # on PyPy a function, which comes next
     types.FunctionType: _reduce_function,
     types.MethodType: _reduce_method,
     types.CellType: _reduce_cell,
@@ -1455,7 +1489,6 @@ _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     weakref.ref: lambda self, x: (_make_ref, (x(),)),
     weakref.WeakValueDictionary: lambda self, x: (weakref.WeakValueDictionary, (), None, None, iter(list(x.items()))),
     weakref.WeakKeyDictionary: lambda self, x: (weakref.WeakKeyDictionary, (), None, None, iter(list(x.items()))),
-    type(functools.lru_cache(repr)): _reduce_lru_cache,
     functools.cached_property: _reduce_cached_property,
     _Scope: lambda self, x: (_new_scope, (x.name,)),
     _ModuleScope: lambda self, x: (vars, (x.of,)),
@@ -1554,7 +1587,7 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(obj, (set, frozenset)):
         for value in obj:
             yield "{…}", value
-    elif isinstance(obj, types.FunctionType):
+    elif _is_python(obj):
         yield from ((f" (closes over {name})", value) for name, value in _cells_of(obj).items() if value is not _EMPTY)
         yield from ((f" (reads global {name})", obj.__globals__[name]) for name in _define(obj).names
                     if name in obj.__globals__)
@@ -1604,12 +1637,19 @@ def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[s
 
     Raises TypeError where something can't be serialized, with the path to it.
     """
+    plain = type(f) is types.FunctionType and path is None and serial is None
+    head = _heads.get(f) if plain else None
+    if head is not None and head.holds():
+        return dump_item((head.needs, head.data), args, kwargs)
     needs: dict[bytes, bytes] = {}
     stream = io.BytesIO()
     pickler = Pickler(stream, needs, hooks_of(serial))
     stream.write(TOGETHER)
     try:
         _dump_function(stream, pickler, f, (), {}, path, serial)
+        if plain and (head is not None or f not in _heads):
+            settled = pickler.settled and stream.tell() < LARGE
+            _heads[f] = _Head(pickler, APART + stream.getvalue()[1:]) if settled else None
         pickler.dump((args, kwargs))
     except Exception as error:
         raise _explain(error, hooks_of(serial), f=f, args=args, kwargs=kwargs) from error
@@ -1629,22 +1669,38 @@ def dump_constant(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return needs, stream.getvalue()
 
 
-def dump_item(constant: tuple[dict[bytes, bytes], bytes], item: Any, name: str,
-              serial: SerialConfig | None = None) -> tuple[dict[bytes, bytes], bytes]:
+def dump_item(constant: tuple[dict[bytes, bytes], bytes], args: tuple[Any, ...], kwargs: dict[str, Any],
+              serial: SerialConfig | None = None, name: str = "args") -> tuple[dict[bytes, bytes], bytes]:
+    """Completes a task. `name`: of the arguments, for what is said where they can't be serialized."""
     needs = dict(constant[0])
     stream = io.BytesIO()
     stream.write(constant[1])
     try:
-        Pickler(stream, needs, hooks_of(serial)).dump(((item,), {}))
+        Pickler(stream, needs, hooks_of(serial)).dump((args, kwargs))
     except Exception as error:
-        raise _explain(error, hooks_of(serial), **{name: item}) from error
+        part = args if name == "args" else args[0]
+        raise _explain(error, hooks_of(serial), **{name: part, "kwargs": kwargs}) from error
     return needs, stream.getvalue()
 
 
-def _dump_function(stream: io.BytesIO, pickler: Pickler, f: Any, *rest: Any) -> None:
+_heads: weakref.WeakKeyDictionary[Any, _Head | None] = weakref.WeakKeyDictionary()     # None: it can't be kept
+
+
+class _Head:
+    """The first pickle of tasks of one function, as long as nothing changes of all that it was made from."""
+
+    def __init__(self, pickler: Pickler, data: bytes) -> None:
+        self.needs, self.data, self.classes = pickler.needs, data, pickler.classes
+        self.watch = _Watch(None, pickler.functions, True)
+
+    def holds(self) -> bool:
+        return self.watch.holds(None) and all(is_current(*each) for each in self.classes)
+
+
+def _dump_function(stream: io.BytesIO, pickler: Pickler, *content: Any) -> None:
     """The first pickle of a task; in its place its hash, where it is large: it goes ahead as a definition."""
     at = stream.tell()
-    pickler.dump((f, *rest))
+    pickler.dump(content)
     if stream.tell() - at >= LARGE:
         assert pickler.needs is not None
         blob = stream.getvalue()[at:]
@@ -4592,7 +4648,7 @@ def mirai_map(items: Iterable[Any] | Mapping[Any, Any], f: Callable[..., Any], /
     made: list[Mirai] = []
     try:
         for i, value in enumerate(values):
-            task = dump_item(constant, value, f"items[{i if names is None else names[i]!r}]", profile.serial)
+            task = dump_item(constant, (value,), {}, profile.serial, f"items[{i if names is None else names[i]!r}]")
             made.append(Mirai(next(_ids), profile.link))
             profile.link.submit(made[-1], task, _retries, _timeout)
     except BaseException:
