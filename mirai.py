@@ -545,12 +545,14 @@ def _can_be_found(name: str, module: Any) -> bool:
         if parent is None or not _is_importable(package, parent):
             return False
         path = getattr(parent, "__path__", None)
-    if spec is None or not spec.has_location:
-        return bool(spec or package)
+    if spec is None:
+        return bool(package) or name in sys.builtin_module_names
+    if spec.origin in ("built-in", "frozen"):
+        return True
     for finder in sys.meta_path:
         found = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
         if found is not None:
-            return not found.has_location or found.origin == spec.origin
+            return not spec.has_location or found.origin == spec.origin
     return False
 
 
@@ -606,6 +608,7 @@ class Pickler(pickle.Pickler):
         super().__init__(stream, 5)
         self.needs, self.home = needs, home
         self.hooks = _registered if hooks is None else hooks
+        self.by_owner = True                    # methods go by their class
         self.settled = True                     # all that went by value is in these two, and is watched or settled:
         self.functions: list[Any] = []
         self.classes: list[Any] = []
@@ -636,6 +639,8 @@ class Pickler(pickle.Pickler):
             return next((name for name, value in vars(sys.modules[module]).items() if value is obj), NotImplemented)
         if hasattr(kind, "_member_map_"):
             return _reduce_member(obj)
+        if obj is sys.stdout or obj is sys.stderr:
+            return _reduce_file(self, obj)
         return NotImplemented
 
     def ref(self, blob: bytes, hash: bytes) -> bytes:
@@ -830,6 +835,9 @@ def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
         return NotImplemented
     if _by_reference(f, f.__qualname__):
         return NotImplemented
+    owner = _owner_of(f)
+    if owner is not None and self.by_owner:
+        return getattr, (owner, f.__name__)
     if "cache_parameters" in f.__dict__:
         return _reduce_lru_cache(self, f)
     if f.__code__ is _DISPATCHING:
@@ -850,6 +858,15 @@ def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
     if not (read or more or imports):
         return _make_function, arguments
     return _make_function, arguments, (more, read, imports), None, None, _fill_function
+
+
+def _owner_of(f: types.FunctionType) -> Any:
+    """The class that goes by value, and that the function is a method of."""
+    path, _, name = f.__qualname__.rpartition(".")
+    found: Any = sys.modules.get(f.__module__) if path and type(f.__module__) is str else None
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) and vars(found).get(name) is f else None
 
 
 def _attributes_of(f: types.FunctionType) -> dict[str, Any]:
@@ -1008,6 +1025,7 @@ class _ClassPickler(Pickler):
         self.deps: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.read: dict[int, tuple[dict[str, None], dict[Any, None]]] = {}
+        self.by_owner = False
 
     def persistent_id(self, obj: Any) -> int | None:
         outside = (isinstance(obj, type) and not _class_by_reference(obj)) or type(obj) is _Scope or (
@@ -1035,7 +1053,7 @@ def _current_record(cls: Any) -> _Record:
     stream = io.BytesIO()
     pickler = _ClassPickler(stream)
     head, members, extra = (_enum_parts if _is_enum(cls) else _class_parts)(cls)
-    live = tuple(name for name, value in members.items() if not _is_fixed(name, value))
+    live = tuple(name for name, value in members.items() if not (_is_enum(cls) or _is_fixed(cls, name, value)))
     fixed = {name: _in_order(value) for name, value in members.items() if name not in live}
     pickler.dump(head)
     early = pickler.number(cls)
@@ -1138,18 +1156,22 @@ def _data_of(member: Any) -> tuple[Any, ...]:
     return tuple(reduced[1]) if reduced and reduced[0] is type(member) else ()
 
 
-_UNCHANGING = ("typing", "functools", "types", "enum", "collections", "_collections", "abc", "dataclasses")
+_UNCHANGING = ("typing", "functools", "enum", "collections", "_collections", "abc", "dataclasses")
 
 
-def _is_fixed(name: str, value: Any) -> bool:
-    """Whether another content means another object; what Python and its decorators leave in a class is taken to be."""
-    if name.startswith("__") and name.endswith("__") or name == "_field_defaults":
+def _is_fixed(cls: type, name: str, value: Any) -> bool:
+    """Whether an attribute is part of the definition: the class's own functions, atoms, other classes, and what Python
+    and its decorators leave there. All else may change in place, or be somewhere else as well."""
+    if name.startswith("__") and name.endswith("__") or name in ("_field_defaults", "_fields"):
         return True
     functions = (value.fget, value.fset, value.fdel) if type(value) is property else (_function_in(value),)
-    for f in filter(_is_python, functions):
+    own = [f for f in functions if _is_python(f)]
+    for f in own:
+        if f.__module__ != cls.__module__ or not f.__qualname__.startswith(f"{cls.__qualname__}."):
+            return False
         if not all(map(_is_settled, (*map(_contents, f.__closure__ or ()), f.__defaults__))):
             return False
-    return any(map(_is_python, functions)) or _is_settled(value) or type(value).__module__ in _UNCHANGING
+    return bool(own) or type(value) in _ATOMS or isinstance(value, type) or type(value).__module__ in _UNCHANGING
 
 
 def _reduce_class(self: Pickler, cls: Any) -> Any:
@@ -1312,9 +1334,7 @@ def _make_enum(meta: Any, name: str, bases: tuple[type, ...], head: dict[str, An
 
 def _reduce_member(member: Any) -> Any:
     cls, name = type(member), getattr(member, "_name_", None)
-    if cls._member_map_.get(name) is not member or _class_by_reference(cls):
-        return NotImplemented
-    return getattr, (cls, name)
+    return (getattr, (cls, name)) if cls._member_map_.get(name) is member else NotImplemented
 
 
 def _reduce_typing(self: Pickler, obj: Any) -> Any:
@@ -1522,6 +1542,8 @@ def serial_config(cls: Any, sfunc: Any, ufunc: Any) -> SerialConfig:
     ValueError for sequences of different lengths.
     """
     parts = [tuple(x) if isinstance(x, (list, tuple)) else (x,) for x in (cls, sfunc, ufunc)]
+    if len({isinstance(x, (list, tuple)) for x in (cls, sfunc, ufunc)}) != 1:
+        raise TypeError("expected a class and two functions, or three sequences of them")
     if len({len(part) for part in parts}) != 1:
         raise ValueError(f"{len(parts[0])} classes, {len(parts[1])} sfuncs and {len(parts[2])} ufuncs: expected as "
                          "many of each")
@@ -1560,8 +1582,9 @@ def merge_serial(configs: Any) -> SerialConfig | None:
 def explain_unserializable(obj: Any, root: str, error: BaseException, hooks: Mapping[type, Any] | None = None) -> str:
     """The path from `root` to the part of `obj` that can't be serialized, and why, as `args[1].lock: …`."""
     path, seen = root, {id(obj)}
+    carried = tuple(_registered if hooks is None else hooks)
     while len(seen) < 100 and not isinstance(error, RecursionError):
-        for step, part in _parts(obj):
+        for step, part in () if isinstance(obj, carried) else _parts(obj):
             if id(part) in seen:
                 continue
             try:
