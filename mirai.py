@@ -1156,7 +1156,10 @@ def _data_of(member: Any) -> tuple[Any, ...]:
     return tuple(reduced[1]) if reduced and reduced[0] is type(member) else ()
 
 
-_UNCHANGING = ("typing", "functools", "enum", "collections", "_collections", "abc", "dataclasses")
+_UNCHANGING = ("typing", "enum", "abc", "dataclasses")
+_FIXED_TYPES = _ATOMS.union((functools.cached_property, functools.partialmethod, functools.singledispatchmethod,
+                             types.MemberDescriptorType, types.GetSetDescriptorType, property,
+                             type(vars(_Definition)["code"])))      # of a named tuple's fields
 
 
 def _is_fixed(cls: type, name: str, value: Any) -> bool:
@@ -1171,7 +1174,8 @@ def _is_fixed(cls: type, name: str, value: Any) -> bool:
             return False
         if not all(map(_is_settled, (*map(_contents, f.__closure__ or ()), f.__defaults__))):
             return False
-    return bool(own) or type(value) in _ATOMS or isinstance(value, type) or type(value).__module__ in _UNCHANGING
+    kind = type(value)
+    return bool(own) or kind in _FIXED_TYPES or isinstance(value, type) or kind.__module__ in _UNCHANGING
 
 
 def _reduce_class(self: Pickler, cls: Any) -> Any:
