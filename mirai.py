@@ -59,6 +59,7 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import contextvars
+import copyreg
 import errno
 import functools
 import gc
@@ -458,13 +459,16 @@ _received: dict[bytes, bytes] = {}                      # hash -> definition, of
 _namespaces: dict[str, dict[str, Any]] = {}             # module -> what its by-value functions share, on a daemon
 _tracked: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()      # token -> class
 _records: dict[int, _Record] = {}                       # by id(class), as long as the class lives
+_large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()    # by function
 _importables: dict[str, tuple[Any, bool]] = {}
 _registered: dict[type, Any] = {}                       # class -> its functions, by `register_serial()`
 _own_globals = globals()        # this file's functions are on the other side as well
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"))
 _CELL_OPS = frozenset(("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"))
 _SKIPPED_OPS = frozenset(("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "PRECALL"))
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)))
 _EMPTY = object()               # what an empty cell holds
+Unpickler = pickle.Unpickler
 
 
 def dumps(obj: Any) -> bytes:
@@ -505,13 +509,12 @@ def hash_of(*parts: bytes) -> bytes:
     return digest.digest()[:HASH_SIZE]
 
 
-def receive_definition(hash: bytes, blob: bytes) -> None:
-    _received[hash] = blob
-
-
-def drop_definition(hash: bytes) -> None:
-    _received.pop(hash, None)
+def receive_definition(hash: bytes, blob: bytes | None) -> None:
+    """None: it will not be needed for a while."""
     _codes.pop(hash, None)
+    _received.pop(hash, None)
+    if blob is not None:
+        _received[hash] = blob
 
 
 def _definition(ref: bytes) -> bytes:
@@ -560,7 +563,7 @@ def _by_reference(obj: Any, name: str) -> bool:
     """Whether importing `obj.__module__` and looking up `name` gives `obj`, here and so elsewhere."""
     module = getattr(obj, "__module__", None)
     found: Any = sys.modules.get(module) if type(module) is str else None
-    if found is None or not _is_importable(module, found):
+    if found is None or not _is_importable(str(module), found):
         return False
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -595,8 +598,11 @@ class _Scope:
         self.name, self.of = name, weakref.ref(f)
 
 
-class _Stored(collections.namedtuple("_Stored", "hash")):
-    """Stands for large bytes that go ahead, once."""
+class _Instead:
+    """Stands for something that goes as what it is made by, and of what."""
+
+    def __init__(self, made_by: Callable[..., Any], *made_of: Any) -> None:
+        self.reduced = made_by, made_of
 
 
 class Pickler(pickle.Pickler):
@@ -608,12 +614,13 @@ class Pickler(pickle.Pickler):
         super().__init__(stream, 5)
         self.needs, self.home = needs, home
         self.hooks = _registered if hooks is None else hooks
-        self.by_owner = True                    # methods go by their class
+        self.by_owner = True                    # methods go by their class, but for these, by id
+        self.unowned: set[int] = set()
         self.settled = True                     # all that went by value is in these two, and is watched or settled:
         self.functions: list[Any] = []
         self.classes: list[Any] = []
         self.scopes: dict[Any, Any] = {}        # by id(globals); names of modules that are taken
-        self.large: dict[int, _Stored] = {}     # by id(bytes)
+        self.large: dict[int, _Instead] = {}    # by id(bytes)
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -650,7 +657,7 @@ class Pickler(pickle.Pickler):
         self.needs[hash] = blob
         return hash
 
-    def scope(self, f: types.FunctionType) -> Any:
+    def scope(self, f: Any) -> Any:
         """What goes in for a function's globals. In a task the name of the module: its functions share a namespace on
         the daemon; two namespaces of one name stay apart."""
         space = f.__globals__
@@ -670,23 +677,17 @@ class Pickler(pickle.Pickler):
         read = {name: space[name] for name in definition.names if name in space}
         chains = definition.chains
         imports = _submodules(chains, {**read, **_cells_of(f)} if f.__closure__ else read) if chains else ()
-        if self.needs is not None:
-            for name, value in read.items():
-                if type(value) is bytes and len(value) >= LARGE:
-                    read[name] = self.store(value, f)
         return read, imports
 
-    def store(self, value: bytes, owner: types.FunctionType) -> _Stored:
-        """Large bytes that `owner` reads: hashed once, as they cannot change."""
-        known = _large.setdefault(owner, {})
-        if id(value) not in known:
-            known[id(value)] = value, hash_of(value)
-        assert self.needs is not None
-        self.needs[known[id(value)][1]] = value
-        return self.large.setdefault(id(value), _Stored(known[id(value)][1]))
-
-
-_large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()
+    def store(self, f: types.FunctionType, values: Iterable[Any]) -> None:
+        """Large bytes that `f` reads go ahead, once; they are hashed once, as they cannot change."""
+        large = [value for value in values if type(value) is bytes and len(value) >= LARGE]
+        if self.needs is not None and large:
+            known = _large.get(f, {})
+            found = _large[f] = {id(value): known.get(id(value)) or (value, hash_of(value)) for value in large}
+            for key, (value, hash) in found.items():
+                self.needs[hash] = value
+                self.large[key] = _Instead(_definition, hash)
 
 
 class _Watch:
@@ -731,9 +732,6 @@ class _Watch:
         return id(value)
 
 
-_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)))
-
-
 def _is_settled(value: Any) -> bool:
     """Whether it changes only by another taking its place, or is watched itself."""
     kind = type(value)
@@ -767,7 +765,11 @@ def _dump_code(code: types.CodeType) -> bytes:
         return marshal.dumps(code)
 
 
-def _load_code(data: bytes) -> types.CodeType:
+def _load_code(tag: str, data: bytes) -> types.CodeType:
+    if tag != sys.implementation.cache_tag:
+        raise pickle.UnpicklingError(
+            f"code that was compiled by {tag} can't run on {sys.implementation.cache_tag}: use the same Python on both "
+            "sides, or put the function in a module that both can import")
     code: types.CodeType = marshal.loads(data)
     if sys.version_info < (3, 11):
         code = _with_sets(code, lambda x: frozenset(x[1:]) if type(x) is tuple and x[:1] == ("\0set",) else x)
@@ -806,7 +808,7 @@ def _names_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[tuple[str, .
 
 def _submodules(chains: Iterable[tuple[str, ...]], read: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules that are attributes of their packages here, as they were imported: elsewhere they have to be as well."""
-    found = {}
+    found: dict[str, None] = {}
     for first, *rest in chains:
         module = read.get(first)
         for part in rest:
@@ -831,29 +833,26 @@ def _contents(cell: types.CellType) -> Any:
 
 
 def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
-    if not _is_python(f):
+    if not _is_python(f) or _by_reference(f, f.__qualname__):
         return NotImplemented
-    if _by_reference(f, f.__qualname__):
-        return NotImplemented
-    owner = _owner_of(f)
-    if owner is not None and self.by_owner:
+    if self.by_owner and id(f) not in self.unowned and (owner := _owner_of(f)) is not None:
         return getattr, (owner, f.__name__)
     if "cache_parameters" in f.__dict__:
         return _reduce_lru_cache(self, f)
     if f.__code__ is _DISPATCHING:
         self.settled = False
-        return _make_dispatching, (), (list(f.registry.items()), f.__dict__), None, None, _fill_dispatching  # type: ignore[attr-defined]
+        implementations: Any = list(f.registry.items())     # type: ignore[attr-defined]
+        return functools.singledispatch, (repr,), (implementations, f.__dict__), None, None, _fill_dispatching
     definition = _define(f)
-    if self.needs is not None and f.__closure__:
-        for value in map(_contents, f.__closure__):
-            if type(value) is bytes and len(value) >= LARGE:
-                self.store(value, f)
     read, imports = self.reads(f, definition)
     more = _attributes_of(f)
+    values = *map(_contents, f.__closure__ or ()), *(read or {}).values()
+    self.store(f, values)
     self.functions.append(f)
     if self.settled:
-        values = (*map(_contents, f.__closure__ or ()), *(read or {}).values(), f.__defaults__, *f.__dict__.values())
-        self.settled = not f.__kwdefaults__ and all(map(_is_settled, values))
+        self.settled = not f.__kwdefaults__ and all(map(_is_settled, (*values, f.__defaults__, *f.__dict__.values())))
+    if self.large and read:
+        read = {name: self.large.get(id(value), value) for name, value in read.items()}
     arguments = self.ref(definition.blob, definition.hash), f.__closure__, self.scope(f)
     if not (read or more or imports):
         return _make_function, arguments
@@ -870,32 +869,24 @@ def _owner_of(f: types.FunctionType) -> Any:
 
 
 def _attributes_of(f: types.FunctionType) -> dict[str, Any]:
-    more = {name: value for name, value in (
-        ("__defaults__", f.__defaults__), ("__kwdefaults__", f.__kwdefaults__), ("__annotations__", _annotations(f)),
-        ("__type_params__", getattr(f, "__type_params__", None))) if value}
+    more: dict[str, Any] = {}
+    for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__type_params__"):
+        with contextlib.suppress(NameError):        # from 3.14 on annotations are evaluated when read
+            value = getattr(f, name, None)
+            if value:
+                more[name] = value
     for name, value in f.__dict__.items():
         more[_interned(name)] = value
     return more
-
-
-def _annotations(f: Any) -> Any:
-    try:
-        return f.__annotations__
-    except NameError:           # from 3.14 on they are evaluated when read
-        return None
 
 
 def _make_function(ref: bytes, cells: tuple[types.CellType, ...] | None, scope: Any) -> types.FunctionType:
     known = _codes.get(ref)
     if known is None:
         tag, code, *about = marshal.loads(_definition(ref))
-        if tag != sys.implementation.cache_tag:
-            raise pickle.UnpicklingError(
-                f"a function that was compiled by {tag} can't run on {sys.implementation.cache_tag}: use the same "
-                "Python on both sides, or put the function in a module that both can import")
         if len(_codes) >= CACHED_CODES:
             _codes.clear()
-        known = _codes[ref] = _load_code(code), *about
+        known = _codes[ref] = _load_code(tag, code), *about
     code, module, name, qualname, doc, package = known
     space = scope if type(scope) is dict else _namespace(scope)
     if package is not None and "__package__" not in space:
@@ -948,11 +939,7 @@ def _make_lru_cache(maxsize: int | None, typed: bool, f: Callable[..., Any]) -> 
     return functools.lru_cache(maxsize, typed)(f)
 
 
-_DISPATCHING = functools.singledispatch(repr).__code__
-
-
-def _make_dispatching() -> Any:
-    return functools.singledispatch(lambda *_: None)
+_DISPATCHING = functools.singledispatch(repr).__code__         # type: ignore[attr-defined]
 
 
 def _fill_dispatching(f: Any, state: tuple[Any, ...]) -> None:
@@ -994,13 +981,13 @@ class _Record:
         self.reads: dict[int, Any] = {}             # number of a _Scope -> names and chains that are read
         self.live: tuple[str, ...] = ()             # attributes that are not in the definition
         self.watch: _Watch | None = None            # over what the definition was made from
-        self.filling: Any = None                    # on the other side: where the rest of the definition comes from
+        self.filling: Any = None                    # on the other side, until it has all of its members: from what
 
 
 def _track(obj: Any, token: bytes, own: bool) -> _Record:
+    """Its record, or that of the one which another thread has made meanwhile."""
     record = _records[id(obj)] = _Record(obj, token, own)
-    _tracked[token] = obj
-    return record
+    return _record_of(_tracked.setdefault(token, obj)) or record
 
 
 def _record_of(obj: Any) -> _Record | None:
@@ -1069,11 +1056,6 @@ def _current_record(cls: Any) -> _Record:
     return record
 
 
-def is_current(of: Callable[[], Any], version: bytes) -> bool:
-    cls = of()
-    return cls is not None and _current_record(cls).version == version
-
-
 def _token_of(dep: Any) -> bytes:
     record = _record_of(dep) or (_current_record(dep) if isinstance(dep, type) else _variable_record(dep))
     return record.token
@@ -1086,7 +1068,7 @@ def _is_enum(cls: type) -> bool:
 _OF_EACH_CLASS = frozenset((
     "__dict__", "__weakref__", "__module__", "__qualname__", "__doc__", "__slots__", "__orig_bases__", "_abc_impl",
     "_abc_registry", "_abc_cache", "_abc_negative_cache", "_abc_negative_cache_version", "__static_attributes__",
-    "__annotations_cache__"))
+    "__annotations_cache__", "__slotnames__"))
 
 
 def _members(cls: type) -> dict[str, Any]:
@@ -1103,11 +1085,9 @@ def _interned(value: Any) -> Any:
 
 
 def _in_order(value: Any) -> Any:
-    return _Sorted(value) if type(value) in (set, frozenset) else _interned(value)
-
-
-class _Sorted(collections.namedtuple("_Sorted", "of")):
-    """Stands for a set, whose order is another in each run."""
+    """A set's own order is another in each run."""
+    kind = type(value)
+    return _Instead(kind, sorted(value, key=repr)) if kind in (set, frozenset) else _interned(value)
 
 
 def _split(members: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -1135,17 +1115,28 @@ def _class_parts(cls: Any) -> tuple[Any, ...]:
 
 def _enum_parts(cls: Any) -> tuple[Any, ...]:
     """The members with what their data type is made from; none of the class's own constructors runs again."""
-    found = {name for name, value in vars(cls).items() if name in cls._member_map_ or name.startswith("_")
-             and name.endswith("_") and not name.startswith("__") and not isinstance(
-                 value, (types.FunctionType, staticmethod, classmethod))}
-    found |= {name for name in ("__new__", "_member_map_") if getattr(vars(cls).get(name), "__module__", "") == "enum"}
-    members = {name: value for name, value in _members(cls).items() if name not in found}
-    table = [(_interned(name), _interned(_data_of(member)), _interned(member._value_)) for name, member in cls._member_map_.items()]
-    own = {_interned(member._name_): {_interned(name): value for name, value in vars(member).items() if not (
-        name.startswith("_") and name.endswith("_"))} for member in cls}
-    boundary = getattr(cls, "_boundary_", None)
-    head = _make_enum, type(cls), _interned(cls.__name__), cls.__bases__, _head(cls), table, boundary
-    return head, members, {name: value for name, value in own.items() if value}
+    members = {name: value for name, value in _members(cls).items() if not _is_enums_own(cls, name, value)}
+    table, attributes = [], {}
+    for name, member in cls._member_map_.items():
+        table.append((_interned(name), _interned(_data_of(member)), _interned(member._value_)))
+        if name == member._name_:       # else another name of it
+            attributes[_interned(name)] = {_interned(key): value for key, value in vars(member).items()
+                                           if not _is_sunder(key)}
+    head = (_make_enum, type(cls), _interned(cls.__name__), cls.__bases__, _head(cls), table,
+            getattr(cls, "_boundary_", None))
+    return head, members, attributes
+
+
+def _is_sunder(name: str) -> bool:
+    return name.startswith("_") and name.endswith("_") and not name.startswith("__")
+
+
+def _is_enums_own(cls: Any, name: str, value: Any) -> bool:
+    """Whether `enum` makes it, and will again: members, its tables, and where a method stood that it has replaced."""
+    if _is_sunder(name):
+        return not isinstance(value, (types.FunctionType, staticmethod, classmethod))
+    return name in cls._member_map_ or name == "__objclass__" or (
+        name == "__new__" and getattr(value, "__module__", "") == "enum")
 
 
 def _data_of(member: Any) -> tuple[Any, ...]:
@@ -1167,7 +1158,9 @@ def _is_fixed(cls: type, name: str, value: Any) -> bool:
     and its decorators leave there. All else may change in place, or be somewhere else as well."""
     if name.startswith("__") and name.endswith("__") or name in ("_field_defaults", "_fields"):
         return True
-    functions = (value.fget, value.fset, value.fdel) if type(value) is property else (_function_in(value),)
+    functions: tuple[Any, ...] = (_function_in(value),)
+    if type(value) is property:
+        functions = value.fget, value.fset, value.fdel
     own = [f for f in functions if _is_python(f)]
     for f in own:
         if f.__module__ != cls.__module__ or not f.__qualname__.startswith(f"{cls.__qualname__}."):
@@ -1188,6 +1181,7 @@ def _reduce_class(self: Pickler, cls: Any) -> Any:
     early, late = tuple(deps[:record.early]), tuple(deps[record.early + 1:])
     at_once = all(type(dep) is _Scope for dep in record.deps[record.early + 1:])   # no way back to the class itself
     live = {name: vars(cls)[name] for name in record.live}
+    self.unowned.update(id(value) for value in live.values())
     reads = []
     for number, (names, chains) in record.reads.items() if record.own or not self.home else ():
         space = record.deps[number].of().__globals__
@@ -1196,8 +1190,10 @@ def _reduce_class(self: Pickler, cls: Any) -> Any:
         if read or imports:
             reads.append((deps[number], read, imports))
             self.settled = self.settled and all(map(_is_settled, read.values()))
-    self.classes.append((record.of, record.version))
     self.settled = self.settled and not live
+    if self.settled and record.watch is not None:
+        self.classes.append((record.of, record.version))
+        self.functions += filter(None, (ref() for ref in record.watch.functions))
     blob = None if self.ref(record.blob, record.version) is record.version else record.blob
     arguments = record.token, record.version, blob, early, late if at_once else None
     if at_once and not (reads or live):
@@ -1217,17 +1213,16 @@ class _ClassUnpickler(pickle.Unpickler):
 def _use_class(token: bytes, version: bytes, blob: bytes | None, early: tuple[Any, ...],
                late: tuple[Any, ...] | None) -> Any:
     """The class with that token: the one that is here, brought up to date unless it is this process's own, or made."""
-    cls = _tracked.get(token)
-    record = None if cls is None else _record_of(cls)
-    if record is not None and (record.own or record.version == version):
-        return cls
-    unpickler = _ClassUnpickler(_definition(version) if blob is None else blob, early)
-    make, *parts = unpickler.load()
+    record = _record_of(_tracked.get(token))
+    if record is not None and (record.own or record.version == version and record.filling is None):
+        return record.of()
+    filling = _definition(version) if blob is None else blob, early
     if record is None:
+        make, *parts = _ClassUnpickler(*filling).load()
         cls = make(*parts)
         record = _track(cls, token, False)
-    unpickler.deps.append(cls)
-    record.version, record.filling, record.blob = version, unpickler, b""
+    cls = record.of()
+    record.version, record.filling, record.blob = version, filling, b""
     if late is not None:
         _fill_members(cls, record, late)
     return cls
@@ -1238,7 +1233,7 @@ def _fill_class(cls: Any, state: tuple[Any, ...]) -> None:
     record = _record_of(cls)
     if record is None or record.own:
         return
-    if record.filling is not None and late is not None:
+    if late is not None:
         _fill_members(cls, record, late)
     for name, value in live.items():
         type.__setattr__(cls, name, value)
@@ -1253,21 +1248,23 @@ def _fill_class(cls: Any, state: tuple[Any, ...]) -> None:
 
 
 def _function_in(value: Any) -> types.FunctionType | None:
-    f = getattr(value, "__func__", value.fget if isinstance(value, property) else value)
+    f: Any = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    f = f.fget if isinstance(f, property) else f
     return f if _is_python(f) else None
 
 
 def _fill_members(cls: Any, record: _Record, late: tuple[Any, ...]) -> None:
-    """As they are, past the constructors and `__setattr__` of its metaclass."""
-    unpickler, record.filling = record.filling, None
-    unpickler.deps += late
+    """As they are, past the constructors and `__setattr__` of its metaclass. Two threads may do the same at once."""
+    if record.filling is None:
+        return
+    unpickler = _ClassUnpickler(*record.filling)
+    unpickler.load()
+    unpickler.deps += cls, *late
     members: dict[str, Any] = {}
     for _ in ("methods", "what may need them"):
         part = unpickler.load()
         members.update(part)
         for name, value in part.items():
-            if name in vars(cls):       # what making it brought along would keep its place: the order is content, too
-                type.__delattr__(cls, name)
             type.__setattr__(cls, name, value)
     live, extra = unpickler.load(), unpickler.load()
     for name in live:           # they come next; a constructor that makes one may look at another
@@ -1276,26 +1273,32 @@ def _fill_members(cls: Any, record: _Record, late: tuple[Any, ...]) -> None:
     if _is_enum(cls):
         for name, attributes in extra.items():
             vars(cls._member_map_[name]).update(attributes)
-        return
-    for name in _members(cls):
-        if name not in members and name not in live:
-            type.__delattr__(cls, name)
-    for each in extra:
-        cls.register(each)
+    else:
+        for name in _members(cls):
+            if name not in members and name not in live:
+                type.__delattr__(cls, name)
+        for each in extra:
+            cls.register(each)
+    record.filling = None
 
 
 def _make_class(meta: Any, name: str, bases: tuple[type, ...], head: dict[str, Any]) -> type:
     """Without running the metaclass's own constructors again: they may want arguments that are not known any more."""
-    make = abc.ABCMeta.__new__ if issubclass(meta, abc.ABCMeta) else type.__new__
-    for quiet in (_Quiet, _QuietWithSlots) if any(map(_has_hook, bases)) else ():
+    make: Any = abc.ABCMeta.__new__ if issubclass(meta, abc.ABCMeta) else type.__new__
+    cls: Any = None
+    for quiet in _QUIET if any(map(_has_hook, bases)) else ():
         with contextlib.suppress(TypeError):        # one of the two has the layout that the others have
             cls = make(meta, name, (quiet, *bases), dict(head))
             cls.__bases__ = bases
-            return cls
-    try:
-        return make(meta, name, bases, dict(head))
-    except TypeError:       # a metaclass of C's
-        return types.new_class(name, bases, {"metaclass": meta}, lambda scope: scope.update(head))
+            break
+    else:
+        try:
+            cls = make(meta, name, bases, dict(head))
+        except TypeError:       # a metaclass of C's
+            cls = types.new_class(name, bases, {"metaclass": meta}, lambda scope: scope.update(head))
+    for key in _members(cls):       # what making it brought along would keep its place: the order is content, too
+        type.__delattr__(cls, key)
+    return cls      # type: ignore[no-any-return]
 
 
 def _has_hook(base: type) -> bool:
@@ -1303,16 +1306,8 @@ def _has_hook(base: type) -> bool:
     return _is_python(getattr(base.__init_subclass__, "__func__", None))
 
 
-class _Quiet:
-    def __init_subclass__(cls, **_: Any) -> None:
-        pass
-
-
-class _QuietWithSlots:
-    __slots__ = ()
-
-    def __init_subclass__(cls, **_: Any) -> None:
-        pass
+_QUIET = [type("_Quiet", (), {"__init_subclass__": classmethod(lambda cls, **_: None), **more})
+          for more in ({}, {"__slots__": ()})]
 
 
 def _make_enum(meta: Any, name: str, bases: tuple[type, ...], head: dict[str, Any], table: list[Any],
@@ -1360,8 +1355,7 @@ def _reduce_typing(self: Pickler, obj: Any) -> Any:
 
 
 def _variable_record(obj: Any) -> _Record:
-    name = f"{type(obj).__name__} {obj.__module__} {obj.__name__}"
-    return _record_of(obj) or _new_record(obj, name.encode())
+    return _record_of(obj) or _new_record(obj, f"{type(obj).__name__} {obj.__module__} {obj.__name__}".encode())
 
 
 def _use_type_variable(token: bytes, kind: str, module: str, arguments: list[Any], options: dict[str, Any]) -> Any:
@@ -1390,12 +1384,8 @@ def _reduce_module(self: Pickler, module: types.ModuleType) -> Any:
     content = {key: value for key, value in vars(module).items()
                if key not in ("__builtins__", "__loader__", "__spec__", "__name__")}
     if id(vars(module)) not in self.scopes:
-        self.scopes[id(vars(module))] = _ModuleScope(module)
+        self.scopes[id(vars(module))] = _Instead(vars, module)
     return types.ModuleType, (name,), content, None, None, _fill_module
-
-
-class _ModuleScope(collections.namedtuple("_ModuleScope", "of")):
-    """Stands for the globals of functions in a module that goes by value itself."""
 
 
 def _fill_module(module: types.ModuleType, content: dict[str, Any]) -> None:
@@ -1409,7 +1399,7 @@ def _reduce_exception(error: BaseException) -> Any:
     if not (_is_python(cls.__init__) or _is_python(cls.__new__)) or _is_python(cls.__reduce_ex__) or _is_python(
             cls.__reduce__):
         return NotImplemented
-    made_by, arguments, *state = error.__reduce__()
+    made_by, arguments, *state = tuple(error.__reduce__())
     group = getattr(builtins, "BaseExceptionGroup", None)
     made_of = (error.message, error.exceptions) if group and isinstance(error, group) else arguments
     return (_make_exception, (cls, made_of, error.args), *state) if made_by is cls else NotImplemented
@@ -1443,16 +1433,6 @@ def _load_by_hook(name: str, ufunc: Callable[[bytes], Any], data: bytes) -> Any:
                                      f"{type(error).__qualname__}: {error}") from error
 
 
-def _reduce_code(self: Pickler, code: types.CodeType) -> Any:
-    return _make_code, (sys.implementation.cache_tag, _dump_code(code))
-
-
-def _make_code(tag: str, data: bytes) -> types.CodeType:
-    if tag != sys.implementation.cache_tag:
-        raise pickle.UnpicklingError(f"code that was compiled by {tag} can't run on {sys.implementation.cache_tag}")
-    return _load_code(data)
-
-
 def _reduce_cached_property(self: Pickler, x: Any) -> Any:
     return functools.cached_property, (x.func,), {name: value for name, value in vars(x).items()
                                                   if name not in ("func", "lock")}
@@ -1464,19 +1444,19 @@ def _reduce_memoryview(self: Pickler, view: memoryview) -> Any:
 
 def _make_memoryview(data: bytes, format: str, shape: tuple[int, ...]) -> memoryview:
     view = memoryview(data)
-    return view if format == "B" and len(shape) == 1 else view.cast("B").cast(format, shape)     # type: ignore[call-overload, no-any-return]
+    return view if format == "B" and len(shape) == 1 else view.cast("B").cast(format, shape)     # type: ignore[call-overload]
 
 
 def _reduce_view(kind: type[dict[Any, Any]], view: str, self: Pickler, x: Any) -> Any:
-    return _make_view, (view, kind(x if view == "items" else enumerate(x) if view == "values" else zip(x, x)))
-
-
-def _make_view(view: str, content: dict[Any, Any]) -> Any:
-    return getattr(content, view)()
+    content = kind(x if view == "items" else enumerate(x) if view == "values" else zip(x, x))
+    return operator.methodcaller(view), (content,)
 
 
 def _make_ref(obj: Any) -> Any:
-    return weakref.ref(_Quiet() if obj is None else obj)       # a dead one, where it was dead
+    ref = weakref.ref(_QUIET[0]() if obj is None else obj)       # a dead one, where it was dead
+    if obj is None and ref() is not None:
+        gc.collect()            # PyPy counts no references
+    return ref
 
 
 def _reduce_file(self: Pickler, file: Any) -> Any:
@@ -1498,7 +1478,7 @@ _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     types.FunctionType: _reduce_function,
     types.MethodType: _reduce_method,
     types.CellType: _reduce_cell,
-    types.CodeType: _reduce_code,
+    types.CodeType: lambda self, x: (_load_code, (sys.implementation.cache_tag, _dump_code(x))),
     types.ModuleType: _reduce_module,
     type: _reduce_class,
     property: lambda self, x: (type(x), (x.fget, x.fset, x.fdel, x.__doc__)),
@@ -1515,10 +1495,9 @@ _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     weakref.WeakKeyDictionary: lambda self, x: (weakref.WeakKeyDictionary, (), None, None, iter(list(x.items()))),
     functools.cached_property: _reduce_cached_property,
     _Scope: lambda self, x: (_new_scope, (x.name,)),
-    _ModuleScope: lambda self, x: (vars, (x.of,)),
-    _Stored: lambda self, x: (_definition, (x.hash,)),
-    _Sorted: lambda self, x: (type(x.of), (sorted(x.of, key=repr),)),
-    **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO), _reduce_file),
+    _Instead: lambda self, x: x.reduced,
+    **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO),
+                    _reduce_file),
     contextvars.ContextVar: _refuse("a ContextVar", "it has its values in one process; send the value"),
     contextvars.Context: _refuse("a context", "it has its values in one process; send the values"),
     types.GeneratorType: _refuse("a generator", "it is code that runs; send list(it), or what makes it"),
@@ -1532,10 +1511,7 @@ _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
 
 # -- types that pickle can't carry
 
-class SerialConfig(collections.namedtuple("SerialConfig", "cls sfunc ufunc")):
-    """What `serial_config()` returns: three tuples of equal length."""
-
-    __slots__ = ()
+SerialConfig = collections.namedtuple("SerialConfig", "cls sfunc ufunc")        # three tuples of equal length
 
 
 def serial_config(cls: Any, sfunc: Any, ufunc: Any) -> SerialConfig:
@@ -1563,22 +1539,37 @@ def serial_config(cls: Any, sfunc: Any, ufunc: Any) -> SerialConfig:
 
 def register_serial(cls: Any, sfunc: Any, ufunc: Any) -> None:
     """Registers what `serial_config()` describes for `dumps()`, and for all daemons that are set from now on."""
-    _registered.update(hooks_of(serial_config(cls, sfunc, ufunc)) or {})
+    _registered.update(_hooks_of(serial_config(cls, sfunc, ufunc)))
 
 
-def hooks_of(config: SerialConfig | None) -> dict[type, Any] | None:
-    """By class; None, which stands for what is registered here, where there is no configuration."""
-    return None if config is None else dict(zip(config[0], zip(config[1], config[2])))
+def _hooks_of(config: SerialConfig) -> dict[type, Any]:
+    return dict(zip(config[0], zip(config[1], config[2])))
 
 
-def merge_serial(configs: Any) -> SerialConfig | None:
-    """One configuration, or a sequence of them, as one; None: what is registered."""
-    if configs is None:
-        return SerialConfig(tuple(_registered), *zip(*_registered.values())) if _registered else None
+Hooks = collections.namedtuple("Hooks", "by_class hash blob")       # a configuration as tasks refer to it
+
+_hooks_here: dict[bytes, dict[type, Any]] = {}
+
+
+def make_hooks(configs: Any) -> Hooks | None:
+    """Of one configuration, or a sequence of them; None: of what is registered, if anything is."""
     each = [configs] if isinstance(configs, SerialConfig) else configs
+    if each is None:
+        each = [SerialConfig(tuple(_registered), *zip(*_registered.values()))] if _registered else []
     if not isinstance(each, (list, tuple)) or not all(isinstance(config, SerialConfig) for config in each):
         raise TypeError(f"serial={configs!r}: expected what serial_config() returns, or a list of that")
-    return SerialConfig(*(tuple(itertools.chain.from_iterable(config[i] for config in each)) for i in range(3)))
+    if not each:
+        return None
+    whole = SerialConfig(*(tuple(itertools.chain.from_iterable(config[i] for config in each)) for i in range(3)))
+    blob = dumps(tuple(whole))
+    return Hooks(_hooks_of(whole), hash_of(blob), blob)
+
+
+def received_hooks(hash: bytes | None) -> dict[type, Any] | None:
+    """On a daemon: those of the task."""
+    if hash is not None and hash not in _hooks_here:
+        _hooks_here[hash] = _hooks_of(SerialConfig(*loads(_definition(hash))))
+    return None if hash is None else _hooks_here[hash]
 
 
 # -- saying what is wrong
@@ -1618,8 +1609,8 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f" (closes over {name})", value) for name, value in _cells_of(obj).items() if value is not _EMPTY)
         yield from ((f" (reads global {name})", obj.__globals__[name]) for name in _define(obj).names
                     if name in obj.__globals__)
-        names = obj.__code__.co_varnames[:obj.__code__.co_argcount]
-        yield from ((f" (default of {name})", value) for name, value in zip(names[::-1], (obj.__defaults__ or ())[::-1]))
+        names, defaults = obj.__code__.co_varnames[:obj.__code__.co_argcount], obj.__defaults__ or ()
+        yield from ((f" (default of {name})", value) for name, value in zip(names[::-1], defaults[::-1]))
         yield from ((f" (default of {name})", value) for name, value in (obj.__kwdefaults__ or {}).items())
         yield from ((f".{name}", value) for name, value in vars(obj).items())
     elif isinstance(obj, (types.MethodType, functools.partial)):
@@ -1632,14 +1623,9 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f" (base {base.__qualname__})", base) for base in obj.__bases__)
     else:
         yield from ((f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items())
-        yield from ((f".{name}", getattr(obj, name)) for cls in type(obj).__mro__ for name in _slots(cls)
-                    if hasattr(obj, name))
+        slots = copyreg._slotnames(type(obj))       # type: ignore[attr-defined]
+        yield from ((f".{name}", getattr(obj, name)) for name in slots if hasattr(obj, name))
         yield " (its class)", type(obj)
-
-
-def _slots(cls: type) -> Iterable[str]:
-    slots = vars(cls).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else (name for name in slots if not name.startswith("__"))
 
 
 # ======================================================================
@@ -1649,65 +1635,73 @@ def _slots(cls: type) -> Iterable[str]:
 # Never:  ids, sockets, who asked.
 
 _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
-
-
 VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
-
-
 TOGETHER, APART = b"t", b"a"    # how a task begins: its two pickles share objects, or each stands alone
 
 
 def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
-              serial: SerialConfig | None = None) -> tuple[dict[bytes, bytes], bytes]:
+              hooks: Hooks | None = None) -> tuple[dict[bytes, bytes], bytes]:
     """A task as bytes, and the definitions that they refer to, by hash. `path`: the host's sys.path, where it differs
-    from the daemon's. `serial`: for types that pickle can't carry.
+    from the daemon's. `hooks`: for types that pickle can't carry.
 
     Raises TypeError where something can't be serialized, with the path to it.
     """
-    plain = type(f) is types.FunctionType and path is None and serial is None
+    plain = type(f) is types.FunctionType and path is None
     head = _heads.get(f) if plain else None
-    if head is not None and head.holds():
-        return dump_item((head.needs, head.data), args, kwargs)
-    needs: dict[bytes, bytes] = {}
-    stream = io.BytesIO()
-    pickler = Pickler(stream, needs, hooks_of(serial))
-    stream.write(TOGETHER)
-    try:
-        _dump_function(stream, pickler, f, (), {}, path, serial)
-        if plain and (head is not None or f not in _heads):
-            settled = pickler.settled and stream.tell() < LARGE
-            _heads[f] = _Head(pickler, APART + stream.getvalue()[1:]) if settled else None
-        pickler.dump((args, kwargs))
-    except Exception as error:
-        raise _explain(error, hooks_of(serial), f=f, args=args, kwargs=kwargs) from error
-    return needs, stream.getvalue()
+    if head is not None and head.hooks == (hooks and hooks.hash) and head.holds():
+        return dump_item((head.needs, head.data), args, kwargs, hooks)
+    stream, pickler = _begin(TOGETHER, f, (), {}, path, hooks)
+    if plain and (head is not None or f not in _heads):
+        settled = pickler.settled and stream.tell() < LARGE
+        _heads[f] = _Head(pickler, APART + stream.getvalue()[1:], hooks and hooks.hash) if settled else None
+    return _finish(stream, pickler, args, kwargs, "args")
 
 
 def dump_constant(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
-                  serial: SerialConfig | None = None) -> tuple[dict[bytes, bytes], bytes]:
+                  hooks: Hooks | None = None) -> tuple[dict[bytes, bytes], bytes]:
     """What the tasks of a map have in common, to be completed by `dump_item()`."""
-    needs: dict[bytes, bytes] = {}
-    stream = io.BytesIO()
-    stream.write(APART)
-    try:
-        _dump_function(stream, Pickler(stream, needs, hooks_of(serial)), f, args, kwargs, path, serial)
-    except Exception as error:
-        raise _explain(error, hooks_of(serial), f=f, args=args, kwargs=kwargs) from error
-    return needs, stream.getvalue()
+    stream, pickler = _begin(APART, f, args, kwargs, path, hooks)
+    return pickler.needs or {}, stream.getvalue()
 
 
 def dump_item(constant: tuple[dict[bytes, bytes], bytes], args: tuple[Any, ...], kwargs: dict[str, Any],
-              serial: SerialConfig | None = None, name: str = "args") -> tuple[dict[bytes, bytes], bytes]:
+              hooks: Hooks | None = None, name: str = "args") -> tuple[dict[bytes, bytes], bytes]:
     """Completes a task. `name`: of the arguments, for what is said where they can't be serialized."""
-    needs = dict(constant[0])
     stream = io.BytesIO()
     stream.write(constant[1])
+    return _finish(stream, Pickler(stream, dict(constant[0]), hooks and hooks.by_class), args, kwargs, name)
+
+
+def _begin(how: bytes, f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
+           hooks: Hooks | None) -> tuple[io.BytesIO, Pickler]:
+    """The first pickle of a task; in its place its hash, where it is large: it goes ahead as a definition."""
+    stream, needs = io.BytesIO(), dict[bytes, bytes]()
+    pickler = Pickler(stream, needs, hooks and hooks.by_class)
+    if hooks is not None:
+        needs[hooks.hash] = hooks.blob
+    stream.write(how)
     try:
-        Pickler(stream, needs, hooks_of(serial)).dump((args, kwargs))
+        pickler.dump((f, args, kwargs, path, hooks and hooks.hash))
     except Exception as error:
-        part = args if name == "args" else args[0]
-        raise _explain(error, hooks_of(serial), **{name: part, "kwargs": kwargs}) from error
-    return needs, stream.getvalue()
+        raise _explain(error, pickler.hooks, {"f": f, "args": args, "kwargs": kwargs}) from error
+    if stream.tell() > LARGE:
+        blob = stream.getvalue()[1:]
+        hash = hash_of(blob)
+        needs[hash] = blob
+        stream.seek(1)
+        stream.truncate()
+        stream.write(dumps(hash))
+    return stream, pickler
+
+
+def _finish(stream: io.BytesIO, pickler: Pickler, args: tuple[Any, ...], kwargs: dict[str, Any],
+            name: str) -> tuple[dict[bytes, bytes], bytes]:
+    try:
+        pickler.dump((args, kwargs))
+    except Exception as error:
+        parts = {name: args if name == "args" else args[0], "kwargs": kwargs}
+        raise _explain(error, pickler.hooks, parts) from error
+    return pickler.needs or {}, stream.getvalue()
 
 
 _heads: weakref.WeakKeyDictionary[Any, _Head | None] = weakref.WeakKeyDictionary()     # None: it can't be kept
@@ -1716,29 +1710,18 @@ _heads: weakref.WeakKeyDictionary[Any, _Head | None] = weakref.WeakKeyDictionary
 class _Head:
     """The first pickle of tasks of one function, as long as nothing changes of all that it was made from."""
 
-    def __init__(self, pickler: Pickler, data: bytes) -> None:
-        self.needs, self.data, self.classes = pickler.needs, data, pickler.classes
+    def __init__(self, pickler: Pickler, data: bytes, hooks: bytes | None) -> None:
+        self.hooks = hooks
+        self.needs, self.data, self.classes = pickler.needs or {}, data, pickler.classes
         self.watch = _Watch(None, pickler.functions, True)
+        self.modules = len(sys.modules)     # one more, and a function may reach it through its package
 
     def holds(self) -> bool:
-        return self.watch.holds(None) and all(is_current(*each) for each in self.classes)
+        return self.watch.holds(None) and self.modules == len(sys.modules) and all(
+            (cls := of()) is not None and _current_record(cls).version == version for of, version in self.classes)
 
 
-def _dump_function(stream: io.BytesIO, pickler: Pickler, *content: Any) -> None:
-    """The first pickle of a task; in its place its hash, where it is large: it goes ahead as a definition."""
-    at = stream.tell()
-    pickler.dump(content)
-    if stream.tell() - at >= LARGE:
-        assert pickler.needs is not None
-        blob = stream.getvalue()[at:]
-        hash = hash_of(blob)
-        pickler.needs[hash] = blob
-        stream.seek(at)
-        stream.truncate()
-        stream.write(pickle.dumps(hash, 5))
-
-
-def _explain(error: Exception, hooks: Mapping[type, Any] | None, /, **parts: Any) -> Exception:
+def _explain(error: Exception, hooks: Mapping[type, Any], parts: Mapping[str, Any]) -> Exception:
     for root, part in parts.items():
         try:
             dump_after(b"", part, hooks)
@@ -1748,36 +1731,31 @@ def _explain(error: Exception, hooks: Mapping[type, Any] | None, /, **parts: Any
 
 
 def _load_task(payload: bytes) -> tuple[Any, ...]:
-    """f, args, kwargs, path, serial."""
+    """f, args, kwargs, path, hash of the hooks."""
     stream = io.BytesIO(payload)
     alone = stream.read(1) == APART
-    unpickler = pickle.Unpickler(stream)
+    unpickler = Unpickler(stream)
     content = unpickler.load()
     if type(content) is bytes:          # it went ahead
         stream = io.BytesIO(b"".join([_definition(content), stream.read()]))
-        unpickler = pickle.Unpickler(stream)
+        unpickler = Unpickler(stream)
         content = unpickler.load()
-    f, more, options, path, serial = content
-    args, kwargs = (pickle.Unpickler(stream) if alone else unpickler).load()
-    return f, (*args, *more), {**options, **kwargs}, path, serial
-
-
-def check_source(source: str) -> None:
-    """SyntaxError where `source` is no Python."""
-    compile(source, "<mirai>", "exec", dont_inherit=True)
+    f, more, options, path, hooks = content
+    args, kwargs = (Unpickler(stream) if alone else unpickler).load()
+    return f, (*args, *more), {**options, **kwargs}, path, hooks
 
 
 def evaluate(payload: bytes) -> bytes:
     """Runs a task and gives its outcome. Everything that user code can raise, `_Interrupted` and SystemExit
     included, is an outcome; an interrupt may still come out of here while the outcome is being made."""
     try:
-        f, args, kwargs, path, serial = _load_task(payload)
+        f, args, kwargs, path, hooks = _load_task(payload)
         if path is not None:
             sys.path[:] = path
         value = _run_source(f, kwargs) if isinstance(f, str) else f(*args, **kwargs)
     except BaseException as error:
         return dump_failure(error)
-    return _dump_value(value, hooks_of(serial))
+    return _dump_value(value, received_hooks(hooks))
 
 
 def _dump_value(value: Any, hooks: Mapping[type, Any] | None) -> bytes:
@@ -1815,6 +1793,11 @@ def _run_source(source: str, names: dict[str, Any]) -> Any:
     scope.update(names)
     exec(statements, scope)
     return None if last is None else eval(last, scope)
+
+
+def check_source(source: str) -> None:
+    """SyntaxError where `source` is no Python."""
+    compile(source, "<mirai>", "exec", dont_inherit=True)
 
 
 @contextlib.contextmanager
@@ -2112,24 +2095,6 @@ class DispatcherCore:
     def counts(self) -> tuple[int, int, int, int, int]:
         """connections, cumulative, awaiting, executing, completed."""
         return len(self.daemons), self.cumulative, len(self.awaiting), len(self.executing), self.completed
-
-    def check(self) -> None:
-        """Asserts what must hold between any two events."""
-        busy = {d: r for d, r in self.daemons.items() if r.task is not None}
-        assert not (self.idle and self.awaiting), "a daemon idles beside a queue"
-        assert set(self.idle) == {d for d, r in self.daemons.items() if r.state is IDLE}
-        assert self.executing == {r.task: d for d, r in busy.items() if not r.cancelled}
-        assert not set(self.awaiting) & set(self.executing), "a task both waits and runs"
-        assert set(self.awaiting) <= set(self.queue), "an awaiting task has no place in the queue"
-        assert all(r.state is not IDLE for r in busy.values())
-        assert self.launching == sum(s is LAUNCHING for s in self.slots.values())
-        assert sorted(self.resting) == sorted(s for s, state in self.slots.items() if state is RESTING)
-        ready = [r.slot for r in self.daemons.values() if r.slot is not None]
-        assert sorted(ready) == sorted(s for s, state in self.slots.items() if state is READY)
-        if self.awaiting and self.stopped:
-            assert self.daemons or self.launching, "tasks wait for what will never come"
-        if self.awaiting and not self.stopped:
-            assert not self.resting or self.launching >= len(self.awaiting), "tasks wait beside a resting slot"
 
 
 # ======================================================================
@@ -3055,7 +3020,7 @@ def _take_definitions(message: Message) -> None:
         receive_definition(message.payload[:HASH_SIZE], message.payload[HASH_SIZE:])
     elif message.kind == Kind.DROP:
         for hash in split_hashes(message.payload):
-            drop_definition(hash)
+            receive_definition(hash, None)
     else:
         raise ProtocolError(f"{message!r} from a dispatcher")
 
@@ -3631,38 +3596,10 @@ def _interpreter_flags() -> list[str]:
 # ======================================================================
 # 11. Mirai: the future
 # ======================================================================
-# Knows:  outcomes, waiting threads and event loops; of its link only what `_Owner` names.
+# Knows:  outcomes, waiting threads and event loops; its owner, which will resolve it: a lock that all its mirais
+#         share, and what else a `Link` says that a mirai asks for.
 # Never:  profiles, wire, processes.      Thread: any.
 # Rule:   resolves once; the outcome is kept as bytes until somebody looks at it.
-
-
-class _Owner:
-    """What a mirai needs of the link that will resolve it. All its mirais share `lock`, which is reentrant."""
-
-    lock: Any
-
-    def wait(self, m: Mirai, deadline: float | None) -> bool:
-        """Blocks until `m` is done or the deadline has passed; says whether it is done."""
-        raise NotImplementedError
-
-    def cancel(self, m: Mirai, error: ErrorValue) -> bool:
-        """Resolves `m` with `error` and calls the work off; False where it had resolved."""
-        raise NotImplementedError
-
-    def watched(self, callback: bool) -> None:
-        """Somebody waits by other means than `wait()`: a callback, or `as_completed` and its kin."""
-        raise NotImplementedError
-
-    def call_back(self, m: Mirai) -> None:
-        """Runs the callbacks of `m`, in a thread where they hold up nobody."""
-        raise NotImplementedError
-
-    def add_loop(self, loop: Any) -> None:
-        """An event loop begins to wait, and reads for itself where it can; `remove_loop` ends it."""
-        raise NotImplementedError
-
-    def remove_loop(self, loop: Any) -> None:
-        raise NotImplementedError
 
 
 class Mirai(FutureOfAny):
@@ -3683,7 +3620,7 @@ class Mirai(FutureOfAny):
     needs: tuple[bytes, ...] = ()       # definitions that its task refers to; the owner's
     __iter__ = None                     # `m[:]` would otherwise make it iterable, for ever
 
-    def __init__(self, id: int, owner: _Owner) -> None:
+    def __init__(self, id: int, owner: Any) -> None:
         self.id = id
         self._owner = owner
 
@@ -3770,7 +3707,7 @@ class Mirai(FutureOfAny):
 
     def cancel(self) -> bool:
         """Resolves it as `MiraiCancelled` at once and interrupts the task; False where it had resolved before."""
-        return self._owner.cancel(self, MiraiCancelled("cancelled"))
+        return bool(self._owner.cancel(self, MiraiCancelled("cancelled")))
 
     def _settled(self, timeout: float | None) -> Any:
         """Waits, then the value or error value; a cancelled one raises, as `Future` does."""
@@ -3874,7 +3811,7 @@ def _run_callbacks(queue: Any) -> None:
                 _futures.LOGGER.exception("exception calling callback for %r", m)
 
 
-class Link(_Owner):
+class Link:
     """The host's end of its connection to a dispatcher. `describe_end` says how that ended, when it has."""
 
     def __init__(self, connection: Connection, describe_end: Callable[[], str]) -> None:
@@ -4293,8 +4230,8 @@ _THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", 
 class _Profile:
     """A set of daemons: their dispatcher, and the link to it."""
 
-    def __init__(self, name: str, url: str | None, key: bytes, serial: SerialConfig | None, elastic: bool) -> None:
-        self.name, self.serial = name, serial
+    def __init__(self, name: str, url: str | None, key: bytes, hooks: Hooks | None, elastic: bool) -> None:
+        self.name, self.hooks = name, hooks
         self.nursery = _get_nursery()
         self.job, self.url = self.nursery.start({"url": url or local_url(), "key": key.hex(), "elastic": elastic})
         try:
@@ -4304,6 +4241,7 @@ class _Profile:
             raise
         self.path = import_path()       # what its daemons have: a task is sent the host's where that has changed
         self.spec: Mapping[str, Any] = {}
+        self.registered = dict(_registered)
 
     def changed_path(self) -> list[str] | None:
         return None if sys.path == self.path else import_path()
@@ -4320,7 +4258,9 @@ class _Profile:
             raise LaunchError(link.launch_error or link.closed or late)
 
     def refresh(self) -> None:
-        """For processes still to come, today's environment and directory."""
+        """For processes still to come, today's environment and directory; and what has been registered since."""
+        if self.registered != _registered:
+            self.registered, self.hooks = dict(_registered), make_hooks(None)
         spec = _daemon_spec(1, {"maxtasks": 1})
         if spec != self.spec:
             self.link.launch(0 if self.spec else EPHEMERAL_PER_CPU * cpu_count(), spec)
@@ -4462,13 +4402,13 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, *,
     if url is not None:
         parse_url(url)
     parsed = os.urandom(32) if key is None else parse_key(key)
-    configuration = merge_serial(serial)
+    hooks = make_hooks(serial)
     with _setting:
         if name in _profiles:
             _profiles.pop(name).close()
         if n == 0 or n is None:
             return Daemons(name, -1)
-        profile = _Profile(name, url, parsed, configuration, elastic=False)
+        profile = _Profile(name, url, parsed, hooks, elastic=False)
         try:
             if count:
                 profile.launch(count, daemon_options)
@@ -4508,7 +4448,7 @@ def _ephemeral_profile() -> _Profile:
         if _ephemeral and (_ephemeral[0].link.closed is not None or _ephemeral[0].link.launch_error is not None):
             _ephemeral.pop().close()
         if not _ephemeral:
-            _ephemeral.append(_Profile("ephemeral", None, os.urandom(32), merge_serial(None), elastic=True))
+            _ephemeral.append(_Profile("ephemeral", None, os.urandom(32), make_hooks(None), elastic=True))
         _ephemeral[0].refresh()
         return _ephemeral[0]
 
@@ -4626,7 +4566,7 @@ def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float
     """
     _check_task(f, args, kwargs, _timeout, _retries)
     profile = _find(_compute) or _ephemeral_profile()
-    task = dump_task(f, args, kwargs, profile.changed_path(), profile.serial)
+    task = dump_task(f, args, kwargs, profile.changed_path(), profile.hooks)
     m = Mirai(next(_ids), profile.link)
     profile.link.submit(m, task, _retries, _timeout)
     return m
@@ -4671,11 +4611,11 @@ def mirai_map(items: Iterable[Any] | Mapping[Any, Any], f: Callable[..., Any], /
     assert profile is not None
     names = list(items) if isinstance(items, collections.abc.Mapping) else None
     values = list(items.values()) if isinstance(items, collections.abc.Mapping) else list(items)
-    constant = dump_constant(f, args, kwargs, profile.changed_path(), profile.serial)
+    constant = dump_constant(f, args, kwargs, profile.changed_path(), profile.hooks)
     made: list[Mirai] = []
     try:
         for i, value in enumerate(values):
-            task = dump_item(constant, (value,), {}, profile.serial, f"items[{i if names is None else names[i]!r}]")
+            task = dump_item(constant, (value,), {}, profile.hooks, f"items[{i if names is None else names[i]!r}]")
             made.append(Mirai(next(_ids), profile.link))
             profile.link.submit(made[-1], task, _retries, _timeout)
     except BaseException:
