@@ -321,11 +321,15 @@ def encode(kind: int, id: int = 0, payload: bytes = b"", flags: int = 0) -> byte
     return HEADER.pack(len(payload), WIRE_VERSION, kind, flags, id) + payload
 
 
-def encode_task(id: int, body: bytes, needs: Iterable[bytes], retries: int) -> bytes:
+def encode_parts(kind: int, parts: Sequence[bytes], id: int = 0, flags: int = 0) -> bytes:
+    """For a payload that is in pieces: large ones are copied once."""
+    return b"".join([HEADER.pack(sum(map(len, parts)), WIRE_VERSION, kind, flags, id), *parts])
+
+
+def encode_task(id: int, parts: Sequence[bytes], needs: Iterable[bytes], retries: int) -> bytes:
     """`needs`: hashes of definitions that have to be there before the task. They stand behind what a daemon reads."""
     needs = tuple(needs)
-    length = len(body) + HASH_SIZE * len(needs) + NEEDS.size
-    return b"".join([HEADER.pack(length, WIRE_VERSION, Kind.TASK, retries, id), body, *needs, NEEDS.pack(len(needs))])
+    return encode_parts(Kind.TASK, [*parts, *needs, NEEDS.pack(len(needs))], id, retries)
 
 
 def needs_of(task: bytes) -> list[bytes]:
@@ -451,6 +455,8 @@ class Decoder:
 #         of it, and goes with each call, as it is then.
 # Rule 4. Classes and type variables are the same object wherever they come back to: each has a token.
 
+SerialConfig = collections.namedtuple("SerialConfig", "cls sfunc ufunc")        # three tuples of equal length
+Hooks = collections.namedtuple("Hooks", "by_class hash blob")                   # a configuration as tasks refer to it
 _Definition = collections.namedtuple("_Definition", "code about blob hash names chains")
 
 _definition_of: dict[int, _Definition] = {}             # by id(code), which it holds
@@ -461,6 +467,7 @@ _tracked: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary(
 _records: dict[int, _Record] = {}                       # by id(class), as long as the class lives
 _large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()    # by function
 _importables: dict[str, tuple[Any, bool]] = {}
+_hooks_here: dict[bytes, dict[type, Any]] = {}          # on a daemon: hash -> class -> its functions
 _registered: dict[type, Any] = {}                       # class -> its functions, by `register_serial()`
 _own_globals = globals()        # this file's functions are on the other side as well
 _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS"))
@@ -490,10 +497,9 @@ class _Unserializable(TypeError, pickle.PicklingError):
 def dump_after(head: bytes, obj: Any, hooks: Mapping[type, Any] | None = None, home: bool = False) -> bytes:
     """`head`, then what `dumps()` gives, which may be large: without a copy of it. `home`: for the process that
     classes which are not of this one came from."""
-    stream = io.BytesIO()
-    stream.write(head)
-    Pickler(stream, None, hooks, home).dump(obj)
-    return stream.getvalue()
+    sink = Sink(head)
+    Pickler(sink, None, hooks, home).dump(obj)
+    return b"".join(sink.parts)
 
 
 def loads(data: bytes | memoryview) -> Any:
@@ -605,13 +611,21 @@ class _Instead:
         self.reduced = made_by, made_of
 
 
+class Sink:
+    """A file for a pickler: what is large stays in pieces, uncopied."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts = list(parts)
+        self.write = self.parts.append
+
+
 class Pickler(pickle.Pickler):
     """`needs`: where definitions are left by their hash, for a receiver that is sent them ahead; None: they go in.
     `hooks`: functions for types that pickle can't carry. `home`: see `dump_after()`."""
 
-    def __init__(self, stream: io.BytesIO, needs: dict[bytes, bytes] | None = None,
-                 hooks: Mapping[type, Any] | None = None, home: bool = False) -> None:
-        super().__init__(stream, 5)
+    def __init__(self, sink: Sink, needs: dict[bytes, Any] | None = None, hooks: Mapping[type, Any] | None = None,
+                 home: bool = False) -> None:
+        super().__init__(sink, 5)
         self.needs, self.home = needs, home
         self.hooks = _registered if hooks is None else hooks
         self.by_owner = True                    # methods go by their class, but for these, by id
@@ -1007,8 +1021,8 @@ def _new_record(obj: Any, *content: bytes) -> _Record:
 class _ClassPickler(Pickler):
     """Makes the definition of a class: other classes, and the globals that its functions read, stay outside."""
 
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream)
+    def __init__(self, sink: Sink) -> None:
+        super().__init__(sink)
         self.deps: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.read: dict[int, tuple[dict[str, None], dict[Any, None]]] = {}
@@ -1037,8 +1051,8 @@ def _current_record(cls: Any) -> _Record:
     record = _record_of(cls)
     if record is not None and record.blob and record.watch is not None and record.watch.holds(cls):
         return record
-    stream = io.BytesIO()
-    pickler = _ClassPickler(stream)
+    sink = Sink()
+    pickler = _ClassPickler(sink)
     head, members, extra = (_enum_parts if _is_enum(cls) else _class_parts)(cls)
     live = tuple(name for name, value in members.items() if not (_is_enum(cls) or _is_fixed(cls, name, value)))
     fixed = {name: _in_order(value) for name, value in members.items() if name not in live}
@@ -1046,7 +1060,7 @@ def _current_record(cls: Any) -> _Record:
     early = pickler.number(cls)
     for part in (*_split(fixed), live, extra):
         pickler.dump(part)
-    blob, classes = stream.getvalue(), [dep for dep in pickler.deps if type(dep) is not _Scope]
+    blob, classes = b"".join(sink.parts), [dep for dep in pickler.deps if type(dep) is not _Scope]
     if record is None:
         record = _new_record(cls, blob, *[dep.__name__.encode() for dep in classes])
     record.blob, record.early, record.reads, record.live = blob, early, pickler.read, live
@@ -1502,17 +1516,13 @@ _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     contextvars.Context: _refuse("a context", "it has its values in one process; send the values"),
     types.GeneratorType: _refuse("a generator", "it is code that runs; send list(it), or what makes it"),
     types.AsyncGeneratorType: _refuse("an async_generator", "it is code that runs; send what makes it"),
-    types.CoroutineType: _refuse("a coroutine", "it is code that runs; send the function, as in lambda: "
-                                 "asyncio.run(f())"),
+    types.CoroutineType: _refuse("a coroutine", "it is code that runs; send the function, as lambda: asyncio.run(f())"),
     types.FrameType: _refuse("a frame", "it is code that runs"),
     types.TracebackType: _refuse("a traceback", "it refers to code that runs; send traceback.format_exception()"),
 }
 
 
 # -- types that pickle can't carry
-
-SerialConfig = collections.namedtuple("SerialConfig", "cls sfunc ufunc")        # three tuples of equal length
-
 
 def serial_config(cls: Any, sfunc: Any, ufunc: Any) -> SerialConfig:
     """How to serialize a type that pickle can't carry, for `daemons(serial=...)`; its subclasses are included.
@@ -1544,11 +1554,6 @@ def register_serial(cls: Any, sfunc: Any, ufunc: Any) -> None:
 
 def _hooks_of(config: SerialConfig) -> dict[type, Any]:
     return dict(zip(config[0], zip(config[1], config[2])))
-
-
-Hooks = collections.namedtuple("Hooks", "by_class hash blob")       # a configuration as tasks refer to it
-
-_hooks_here: dict[bytes, dict[type, Any]] = {}
 
 
 def make_hooks(configs: Any) -> Hooks | None:
@@ -1638,9 +1643,11 @@ _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
 VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
 TOGETHER, APART = b"t", b"a"    # how a task begins: its two pickles share objects, or each stands alone
 
+Task = collections.namedtuple("Task", "needs parts")    # definitions by hash, bytes or pieces of them; its own pieces
+
 
 def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
-              hooks: Hooks | None = None) -> tuple[dict[bytes, bytes], bytes]:
+              hooks: Hooks | None = None) -> Task:
     """A task as bytes, and the definitions that they refer to, by hash. `path`: the host's sys.path, where it differs
     from the daemon's. `hooks`: for types that pickle can't carry.
 
@@ -1649,59 +1656,54 @@ def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[s
     plain = type(f) is types.FunctionType and path is None
     head = _heads.get(f) if plain else None
     if head is not None and head.hooks == (hooks and hooks.hash) and head.holds():
-        return dump_item((head.needs, head.data), args, kwargs, hooks)
-    stream, pickler = _begin(TOGETHER, f, (), {}, path, hooks)
+        return dump_item(head.task, args, kwargs, hooks)
+    sink, pickler = _begin(TOGETHER, f, (), {}, path, hooks)
     if plain and (head is not None or f not in _heads):
-        settled = pickler.settled and stream.tell() < LARGE
-        _heads[f] = _Head(pickler, APART + stream.getvalue()[1:], hooks and hooks.hash) if settled else None
-    return _finish(stream, pickler, args, kwargs, "args")
+        _heads[f] = _Head(pickler, sink, hooks and hooks.hash) if pickler.settled else None
+    return _finish(sink, pickler, args, kwargs, "args")
 
 
 def dump_constant(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
-                  hooks: Hooks | None = None) -> tuple[dict[bytes, bytes], bytes]:
+                  hooks: Hooks | None = None) -> Task:
     """What the tasks of a map have in common, to be completed by `dump_item()`."""
-    stream, pickler = _begin(APART, f, args, kwargs, path, hooks)
-    return pickler.needs or {}, stream.getvalue()
+    sink, pickler = _begin(APART, f, args, kwargs, path, hooks)
+    return Task(pickler.needs, sink.parts)
 
 
-def dump_item(constant: tuple[dict[bytes, bytes], bytes], args: tuple[Any, ...], kwargs: dict[str, Any],
-              hooks: Hooks | None = None, name: str = "args") -> tuple[dict[bytes, bytes], bytes]:
+def dump_item(constant: Task, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks | None = None,
+              name: str = "args") -> Task:
     """Completes a task. `name`: of the arguments, for what is said where they can't be serialized."""
-    stream = io.BytesIO()
-    stream.write(constant[1])
-    return _finish(stream, Pickler(stream, dict(constant[0]), hooks and hooks.by_class), args, kwargs, name)
+    sink = Sink(*constant.parts)
+    return _finish(sink, Pickler(sink, dict(constant.needs), hooks and hooks.by_class), args, kwargs, name)
 
 
 def _begin(how: bytes, f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
-           hooks: Hooks | None) -> tuple[io.BytesIO, Pickler]:
+           hooks: Hooks | None) -> tuple[Sink, Pickler]:
     """The first pickle of a task; in its place its hash, where it is large: it goes ahead as a definition."""
-    stream, needs = io.BytesIO(), dict[bytes, bytes]()
-    pickler = Pickler(stream, needs, hooks and hooks.by_class)
+    sink = Sink(how)
+    needs: dict[bytes, Any] = {}
+    pickler = Pickler(sink, needs, hooks and hooks.by_class)
     if hooks is not None:
         needs[hooks.hash] = hooks.blob
-    stream.write(how)
     try:
         pickler.dump((f, args, kwargs, path, hooks and hooks.hash))
     except Exception as error:
         raise _explain(error, pickler.hooks, {"f": f, "args": args, "kwargs": kwargs}) from error
-    if stream.tell() > LARGE:
-        blob = stream.getvalue()[1:]
-        hash = hash_of(blob)
-        needs[hash] = blob
-        stream.seek(1)
-        stream.truncate()
-        stream.write(dumps(hash))
-    return stream, pickler
+    pieces = sink.parts[1:]
+    if sum(map(len, pieces)) >= LARGE:
+        hash = hash_of(*pieces)
+        needs[hash] = pieces
+        sink.parts[1:] = [dumps(hash)]
+    return sink, pickler
 
 
-def _finish(stream: io.BytesIO, pickler: Pickler, args: tuple[Any, ...], kwargs: dict[str, Any],
-            name: str) -> tuple[dict[bytes, bytes], bytes]:
+def _finish(sink: Sink, pickler: Pickler, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Task:
     try:
         pickler.dump((args, kwargs))
     except Exception as error:
         parts = {name: args if name == "args" else args[0], "kwargs": kwargs}
         raise _explain(error, pickler.hooks, parts) from error
-    return pickler.needs or {}, stream.getvalue()
+    return Task(pickler.needs, sink.parts)
 
 
 _heads: weakref.WeakKeyDictionary[Any, _Head | None] = weakref.WeakKeyDictionary()     # None: it can't be kept
@@ -1710,9 +1712,9 @@ _heads: weakref.WeakKeyDictionary[Any, _Head | None] = weakref.WeakKeyDictionary
 class _Head:
     """The first pickle of tasks of one function, as long as nothing changes of all that it was made from."""
 
-    def __init__(self, pickler: Pickler, data: bytes, hooks: bytes | None) -> None:
-        self.hooks = hooks
-        self.needs, self.data, self.classes = pickler.needs or {}, data, pickler.classes
+    def __init__(self, pickler: Pickler, sink: Sink, hooks: bytes | None) -> None:
+        self.task = Task(dict(pickler.needs or {}), [APART + b"".join(sink.parts[1:])])
+        self.hooks, self.classes = hooks, pickler.classes
         self.watch = _Watch(None, pickler.functions, True)
         self.modules = len(sys.modules)     # one more, and a function may reach it through its package
 
@@ -3846,16 +3848,15 @@ class Link:
 
     # -- sending
 
-    def submit(self, m: Mirai, task: tuple[dict[bytes, bytes], bytes], retries: int, timeout: float | None) -> None:
+    def submit(self, m: Mirai, task: Task, retries: int, timeout: float | None) -> None:
         """Sends a task, and what it needs before it; MiraiConnectionReset where the dispatcher is gone."""
         if self.closed is not None:
             raise MiraiConnectionReset(self.closed)
-        needs, body = task
         try:
             self.pending[m.id] = m
-            if needs:
-                self._send_ahead(m, needs)
-            self._send(encode_task(m.id, body, needs, retries))
+            if task.needs:
+                self._send_ahead(m, task.needs)
+            self._send(encode_task(m.id, task.parts, task.needs, retries))
         except BaseException:
             self._forget(m)
             raise
@@ -3866,7 +3867,7 @@ class Link:
             if first:
                 self._prompt()
 
-    def _send_ahead(self, m: Mirai, needs: dict[bytes, bytes]) -> None:
+    def _send_ahead(self, m: Mirai, needs: Mapping[bytes, Any]) -> None:
         """Notes that a task needs these definitions, and sends those that are not there. Counted first and noted
         after: an interrupt in between keeps one for longer, and drops none too early."""
         for hash, blob in needs.items():
@@ -3879,8 +3880,9 @@ class Link:
                         del self.unneeded[hash]
                         self.unneeded_bytes -= held[1]
                 if not held[1]:
-                    self._send(encode(Kind.DEFINE, 0, hash + blob))
-                    held[1] = len(blob)
+                    frame = encode_parts(Kind.DEFINE, [hash, blob] if type(blob) is bytes else [hash, *blob])
+                    self._send(frame)
+                    held[1] = len(frame)
 
     def _forget(self, m: Mirai) -> bool:
         """It is under way no more; the definitions that it alone needed may go, the longest unneeded first. The last

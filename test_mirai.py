@@ -4556,10 +4556,10 @@ class TestCustomSerialization(Case):
 
 def task_here(f, args=(), kwargs={}, path=None):
     """A task as a daemon has it, and in this process what it was sent ahead of it."""
-    needs, payload = mirai.dump_task(f, args, kwargs, path)
+    needs, parts = mirai.dump_task(f, args, kwargs, path)
     for hash, definition in needs.items():
-        mirai.receive_definition(hash, definition)
-    return payload
+        mirai.receive_definition(hash, b"".join(definition) if isinstance(definition, list) else definition)
+    return b"".join(parts)
 
 
 def evaluated(f, /, *args, **kwargs):
