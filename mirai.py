@@ -708,11 +708,10 @@ class _Watch:
     """What bytes were made from, a class and functions: by identities, so that a change is seen. They must not keep
     the class alive, to which its methods refer: they are guarded by weak references, and by references to atoms."""
 
-    __slots__ = ("functions", "reads", "stamp", "guards", "stale")
+    __slots__ = ("functions", "stamp", "guards", "stale")
 
     def __init__(self, cls: type | None, functions: Iterable[types.FunctionType], reads: bool) -> None:
-        self.functions = [weakref.ref(f) for f in functions]
-        self.reads = reads                          # whether the globals that are read count
+        self.functions = [(weakref.ref(f), _define(f).names if reads else ()) for f in functions]
         self.stale = False
         self.guards: list[Any] = []
         self.stamp = self._identities(cls, self._guard)
@@ -725,16 +724,18 @@ class _Watch:
         if cls is not None:
             members = vars(cls)
             found += [*members, *map(id, members.values()), id(cls.__bases__)]
-        for ref in self.functions:
+        for ref, names in self.functions:
             f = ref()
             if f is None:
                 return []
-            found += id(f.__code__), id(f.__defaults__), id(f.__kwdefaults__), *map(id, f.__dict__.values())
+            found += id(f.__code__), id(f.__defaults__), id(f.__kwdefaults__)
+            if f.__dict__:
+                found += map(id, f.__dict__.values())
             if f.__closure__:
-                found += [id(_contents(cell)) for cell in f.__closure__]
-            if self.reads:
-                space = f.__globals__
-                found += [id(space.get(name, _EMPTY)) for name in _define(f).names]
+                found += map(id, map(_contents, f.__closure__))
+            if names:
+                read = f.__globals__.get
+                found += [id(read(name, _EMPTY)) for name in names]
         return found
 
     def _guard(self, value: Any) -> int:
@@ -853,10 +854,6 @@ def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
         return getattr, (owner, f.__name__)
     if "cache_parameters" in f.__dict__:
         return _reduce_lru_cache(self, f)
-    if f.__code__ is _DISPATCHING:
-        self.settled = False
-        implementations: Any = list(f.registry.items())     # type: ignore[attr-defined]
-        return functools.singledispatch, (repr,), (implementations, f.__dict__), None, None, _fill_dispatching
     definition = _define(f)
     read, imports = self.reads(f, definition)
     more = _attributes_of(f)
@@ -951,20 +948,6 @@ def _reduce_lru_cache(self: Pickler, f: Any) -> Any:
 
 def _make_lru_cache(maxsize: int | None, typed: bool, f: Callable[..., Any]) -> Any:
     return functools.lru_cache(maxsize, typed)(f)
-
-
-_DISPATCHING = functools.singledispatch(repr).__code__         # type: ignore[attr-defined]
-
-
-def _fill_dispatching(f: Any, state: tuple[Any, ...]) -> None:
-    implementations, more = state
-    for cls, implementation in implementations:
-        f.register(cls, implementation)
-        if cls is object:
-            functools.update_wrapper(f, implementation)
-    for name, value in more.items():
-        if name not in ("register", "dispatch", "registry", "_clear_cache"):
-            setattr(f, name, value)
 
 
 def _reduce_method(self: Pickler, method: types.MethodType) -> Any:
@@ -1206,8 +1189,8 @@ def _reduce_class(self: Pickler, cls: Any) -> Any:
             self.settled = self.settled and all(map(_is_settled, read.values()))
     self.settled = self.settled and not live
     if self.settled and record.watch is not None:
-        self.classes.append((record.of, record.version))
-        self.functions += filter(None, (ref() for ref in record.watch.functions))
+        self.classes.append((record, record.version))
+        self.functions += filter(None, (ref() for ref, _ in record.watch.functions))
     blob = None if self.ref(record.blob, record.version) is record.version else record.blob
     arguments = record.token, record.version, blob, early, late if at_once else None
     if at_once and not (reads or live):
@@ -1498,7 +1481,7 @@ _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     property: lambda self, x: (type(x), (x.fget, x.fset, x.fdel, x.__doc__)),
     staticmethod: lambda self, x: (type(x), (x.__func__,)),
     classmethod: lambda self, x: (type(x), (x.__func__,)),
-    types.MappingProxyType: lambda self, x: (types.MappingProxyType, (dict(x),)),
+    types.MappingProxyType: lambda self, x: (types.MappingProxyType, (gc.get_referents(x)[0],)),
     **{type(getattr(kind(), view)()): functools.partial(_reduce_view, kind, view)
        for kind in (dict, collections.OrderedDict) for view in ("keys", "values", "items")},
     **dict.fromkeys((types.GetSetDescriptorType, types.MemberDescriptorType),
@@ -1719,8 +1702,13 @@ class _Head:
         self.modules = len(sys.modules)     # one more, and a function may reach it through its package
 
     def holds(self) -> bool:
-        return self.watch.holds(None) and self.modules == len(sys.modules) and all(
-            (cls := of()) is not None and _current_record(cls).version == version for of, version in self.classes)
+        if not self.watch.holds(None) or self.modules != len(sys.modules):
+            return False
+        for record, version in self.classes:
+            cls = record.of()
+            if cls is None or record.version != version or not record.watch.holds(cls):
+                return False
+        return True
 
 
 def _explain(error: Exception, hooks: Mapping[type, Any], parts: Mapping[str, Any]) -> Exception:
@@ -3827,6 +3815,7 @@ class Link:
         self.ahead: dict[bytes, list[int]] = {}     # definitions that are there -> tasks that need it, its size
         self.unneeded: dict[bytes, None] = {}       # those that no task needs now, the longest first
         self.unneeded_bytes = 0
+        self.spared = b""
         self.counts = (0, 0, 0, 0, 0)
         self.completed = 0
         self.launch_error: str | None = None    # why launching was given up
@@ -3885,8 +3874,8 @@ class Link:
                     held[1] = len(frame)
 
     def _forget(self, m: Mirai) -> bool:
-        """It is under way no more; the definitions that it alone needed may go, the longest unneeded first. The last
-        of them stays, whatever its size: else each of a row of tasks would have it sent anew."""
+        """It is under way no more; definitions that it alone needed may go, the longest unneeded first. The last large
+        one stays, whatever its size: else each of a row of tasks would have it sent anew."""
         with self.lock:
             if self.pending.pop(m.id, None) is None:
                 return False
@@ -3896,15 +3885,22 @@ class Link:
                 if not held[0]:
                     self.unneeded[hash] = None
                     self.unneeded_bytes += held[1]
-            dropped = []
-            while self.unneeded_bytes > KEPT_DEFINITIONS and len(self.unneeded) > 1:
-                hash = next(iter(self.unneeded))
-                del self.unneeded[hash]
-                self.unneeded_bytes -= self.ahead.pop(hash)[1]
-                dropped.append(hash)
-            if dropped:
-                self.connection.leave(encode(Kind.DROP, 0, b"".join(dropped)))
+                    self.spared = hash if held[1] >= LARGE else self.spared
+            if self.unneeded_bytes > KEPT_DEFINITIONS:
+                self._drop_unneeded()
             return True
+
+    def _drop_unneeded(self) -> None:
+        spare = self.ahead[self.spared][1] if self.spared in self.unneeded else 0
+        dropped = []
+        for hash in [hash for hash in self.unneeded if hash != self.spared]:
+            if self.unneeded_bytes - spare <= KEPT_DEFINITIONS:
+                break
+            del self.unneeded[hash]
+            self.unneeded_bytes -= self.ahead.pop(hash)[1]
+            dropped.append(hash)
+        if dropped:
+            self.connection.leave(encode(Kind.DROP, 0, b"".join(dropped)))
 
     def _send(self, frame: bytes) -> None:
         with self.sending:

@@ -685,6 +685,15 @@ class TestWire(Case):
             got += map(tuple, decoder)
             self.assertEqual(got, sent, f"seed {seed}")
 
+    def test_a_task_names_at_its_end_what_it_needs(self):
+        hashes = [bytes([i]) * mirai.HASH_SIZE for i in range(3)]
+        for needs in ([], hashes[:1], hashes):
+            frame = mirai.encode_task(7, [b"one ", b"task"], needs, 2)
+            (kind, id, flags, payload), = self.decode([frame])
+            self.assertEqual((kind, id, flags), (mirai.Kind.TASK, 7, 2))
+            self.assertTrue(payload.startswith(b"one task"))
+            self.assertEqual([mirai.needs_of(frame), mirai.needs_of(payload)], [needs, needs])
+
 
 # -- 4. Serializer
 
@@ -1224,6 +1233,118 @@ class TestSerializer(Case):
             def __reduce__(self):
                 raise ValueError("I do not travel")
         self.assertIn("args[0][0]: I do not travel", self.explanation(print, [Proud()]))
+
+    @unittest.skipIf(PYPY, "its compiler decides such times")
+    def test_a_known_function_costs_less_than_ten_microseconds_over_pickle(self):
+        class Helper:
+            def get(self):
+                return math.pi
+
+        def f(x, y=1):
+            return Helper().get() + x + y + len(textwrap.dedent(""))
+
+        def cost(call):
+            best = math.inf
+            for _ in range(30):
+                start = time.perf_counter()
+                for _ in range(200):
+                    call()
+                best = min(best, time.perf_counter() - start)
+            return best / 200
+        plain = cost(lambda: pickle.dumps((len, (1,), {}), 5))
+        known = cost(lambda: mirai.dump_task(f, (1,), {}, None))
+        self.assertLess(known - plain, max(10e-6, 5 * plain))       # five times: on a busy machine all takes longer
+
+    def test_a_function_and_its_classes_are_analysed_once(self):
+        class Helper:
+            def get(self):
+                return math.pi
+
+        def f(x):
+            return Helper().get() + x
+        seen = []
+        analyse = mirai._names_of
+        with replaced(mirai, "_names_of", lambda code: seen.append(code) or analyse(code)):
+            tasks = [mirai.dump_task(f, (Helper(), i), {}, None) for i in range(50)]
+            for i in range(50):
+                mirai.dumps((f, Helper(), i))
+        self.assertEqual(len(seen), 2)
+        self.assertTrue(all(task.needs == tasks[0].needs for task in tasks))
+        self.assertLess(len(b"".join(tasks[-1].parts)), 600)
+
+    def test_what_is_large_is_sent_ahead_by_its_hash(self):
+        blob = os.urandom(mirai.LARGE)
+        for large in (blob, bytearray(blob), [bytes(1000) for _ in range(100)]):
+            task, again = (mirai.dump_task(lambda i: (large, i), (i,), {}, None) for i in range(2))
+            self.assertLess(sum(map(len, task.parts)), 1000)
+            self.assertEqual(set(task.needs), set(again.needs))
+            if not isinstance(large, bytes):
+                large[:1] = []
+                self.assertNotEqual(set(mirai.dump_task(lambda i: (large, i), (2,), {}, None).needs), set(task.needs))
+
+    def test_large_bytes_are_hashed_once_and_kept_no_longer_than_their_function(self):
+        hashed = []
+        hash_of = mirai.hash_of
+        large = [os.urandom(mirai.LARGE) for _ in range(2)]
+
+        def make():
+            data = large[0]
+
+            def f(new=None):
+                nonlocal data
+                data = data if new is None else new
+                return len(data)
+            return f
+        f = make()
+        with replaced(mirai, "hash_of", lambda *parts: hashed.append(sum(map(len, parts))) or hash_of(*parts)):
+            for _ in range(3):
+                mirai.dump_task(f, (), {}, None)
+            f(large[1])
+            for _ in range(3):
+                mirai.dump_task(f, (), {}, None)
+        self.assertEqual(hashed.count(mirai.LARGE), 2)
+        self.assertEqual([value for value, _ in mirai._large[f].values()], [large[1]])
+        del f
+        gc.collect()
+        self.assertFalse(any(value is large[1] for known in mirai._large.values() for value, _ in known.values()))
+
+    def test_what_is_known_of_a_class_ends_with_it(self):
+        def make(n):
+            class Short:
+                x = n
+                kept = []
+
+                def get(self):
+                    return Short.x, super().__init__
+
+                @property
+                def twin(self):
+                    return other
+            other = type("Other", (), {"back": Short})
+            Short.forth = other
+            return Short
+        gc.collect()
+        before = len(mirai._records), len(mirai._tracked), len(mirai._heads)
+        for n in range(20):
+            mirai.dumps(make(n)())
+            mirai.dump_task(lambda cls=make(n): cls, (), {}, None)
+        gc.collect()
+        self.assertEqual((len(mirai._records), len(mirai._tracked), len(mirai._heads)), before)
+
+    def test_threads_that_load_the_same_new_class_at_once_have_one_whole_class(self):
+        data = self.there(lambda: [__import__("mirai").dumps(type(f"New{i}", (), {
+            f"m{k}": (lambda self, k=k: k) for k in range(40)})()) for i in range(20)])
+        for each in data:
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                barrier = threading.Barrier(8)
+
+                def load(_):
+                    barrier.wait(LONG)
+                    it = mirai.loads(each)
+                    return type(it), [getattr(it, f"m{k}")() for k in range(40)]
+                found = list(pool.map(load, range(8)))
+            self.assertEqual({cls for cls, _ in found}, {found[0][0]})
+            self.assertEqual([values for _, values in found], [list(range(40))] * 8)
 
     def test_what_can_not_be_imported_elsewhere_is_said_by_name(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -6361,6 +6482,68 @@ class TestDispatcher(Case):
             self.expect(host.hear(), self.K.RESULT, done)
             self.expect(daemon.hear(), self.K.TASK, then)
 
+    def define(self, host, *names):
+        """The host sends definitions; gives their hashes."""
+        hashes = [name * mirai.HASH_SIZE for name in names]
+        for name, hash in zip(names, hashes):
+            host.say(self.K.DEFINE, payload=hash + b"definition " + name)
+        return hashes
+
+    def submit(self, host, task, needs):
+        host.connection.sock.sendall(mirai.encode_task(task, [b"task"], needs, 0))
+
+    def test_each_daemon_is_sent_a_definition_once_before_the_first_task_that_needs_it(self):
+        shell = self.shell()
+        host = shell.host()
+        a, b = self.define(host, b"a", b"b")
+        first = shell.daemon()
+        for task, needs, expected in ((1, [a], [a]), (2, [a], []), (3, [a, b], [b]), (4, [], [])):
+            self.submit(host, task, needs)
+            for hash in expected:
+                self.expect(first.hear(), self.K.DEFINE, 0, hash + b"definition " + hash[:1])
+            self.expect(first.hear(), self.K.TASK, task)
+            first.say(self.K.RESULT, task)
+            self.expect(host.hear(), self.K.RESULT, task)
+        self.submit(host, 5, [])
+        self.expect(first.hear(), self.K.TASK, 5)
+        second = shell.daemon()
+        self.submit(host, 6, [b])
+        self.expect(second.hear(), self.K.DEFINE, 0, b + b"definition b")
+        self.expect(second.hear(), self.K.TASK, 6)
+
+    def test_a_definition_that_is_dropped_is_dropped_where_it_was_sent(self):
+        shell = self.shell()
+        host = shell.host()
+        a, b = self.define(host, b"a", b"b")
+        first = shell.daemon()
+        self.submit(host, 1, [a])
+        self.expect(first.hear(), self.K.DEFINE, 0)
+        self.expect(first.hear(), self.K.TASK, 1)
+        second = shell.daemon()
+        host.say(self.K.DROP, payload=a + b)
+        self.expect(first.hear(), self.K.DROP, 0, a)        # behind the task that needs it; b it never had
+        self.submit(host, 2, [])
+        self.expect(second.hear(), self.K.TASK, 2, b"task" + mirai.NEEDS.pack(0))
+        self.define(host, b"a")
+        first.say(self.K.RESULT, 1)
+        self.submit(host, 3, [a])
+        self.expect(first.hear(), self.K.DEFINE, 0, a + b"definition a")
+        self.expect(first.hear(), self.K.TASK, 3)
+        self.assertEqual(list(shell.dispatcher.definitions), [a])
+
+    def test_a_task_that_is_put_back_takes_its_definitions_to_the_next_daemon(self):
+        shell = self.shell()
+        host = shell.host()
+        a, = self.define(host, b"a")
+        first = shell.daemon()
+        host.connection.sock.sendall(mirai.encode_task(1, [b"task"], [a], 1))
+        self.expect(first.hear(), self.K.DEFINE, 0)
+        self.expect(first.hear(), self.K.TASK, 1)
+        first.close()
+        second = shell.daemon()
+        self.expect(second.hear(), self.K.DEFINE, 0, a + b"definition a")
+        self.expect(second.hear(), self.K.TASK, 1)
+
     def test_it_never_unpickles(self):
         bomb = b"cos\n_exit\n(I77\ntR."
         shell = self.shell()
@@ -9297,6 +9480,208 @@ class TestVerbs(Case):
                 host.process.stdin.close()
                 self.assertEqual(host.process.wait(5), 3 if how == "os._exit" else -signal.SIGSEGV)
                 wait_until(lambda: not any(map(is_alive, family)), 1.0, "the end of all that the host began")
+
+
+# A program, and what is changed in it one after the other: each next call must see it.
+CHANGING = """
+import functools
+K, rows, mode = 1, [1], None
+def deep(): return K, mode
+def helper(): return "helper", deep(), rows
+def wrap(f):
+    @functools.wraps(f)
+    def inner(*args): return "wrapped", f(*args), K
+    return inner
+@wrap
+def wrapped(): return rows
+class Base:
+    tag = "base"
+    def who(self): return self.tag, K
+class Other:
+    tag = "other"
+    def who(self): return "other", K
+class Meta(type):
+    def size(cls): return len(vars(cls)), K
+class A(Base, metaclass=Meta):
+    number, items = 1, [1]
+    def get(self): return self.number, self.items, self.who(), K
+    @property
+    def prop(self): return "prop", K
+    @staticmethod
+    def static(x=1): return "static", x, K
+    @classmethod
+    def of_class(cls): return cls.number
+def make(n):
+    def inner(): return n
+    return inner
+inner = make(1)
+def f(x=0, *, y=0):
+    found = [helper(), wrapped(), A().get(), A().prop, A.static(), A.of_class(), A.size()[1], inner(), x, y]
+    return [*found, [K for _ in rows], (lambda: K)(), getattr(f, "mark", None), Base().who()]
+def g(x=3, *, y=4): return "g", x, y, K
+"""
+CHANGES = """
+K = 2
+mode = "on"
+rows.append(2)
+rows = [3]
+def deep(): return "new deep", K
+def helper(): return "new helper", K, deep()
+deep.__code__ = (lambda: ("deeper", K)).__code__
+helper.__defaults__ = ()
+K = 2.5
+K = 3.5
+A.number = 5
+A.items.append(2)
+A.items = (1,)
+A.items = ([],)
+A.items[0].append(4)
+A.get = lambda self: ("patched", self.number, K)
+Base.who = lambda self: ("patched base", K)
+Base.tag = "re-tagged"
+A.prop = property(lambda self: "another property")
+A.static = staticmethod(lambda: ("another static", K))
+A.static = staticmethod(functools.partial(max, 1, 2))
+A.of_class = classmethod(lambda cls: ("of class", cls.number))
+Meta.size = lambda cls: (0, "another size")
+A.__bases__ = (Other,)
+Other.who = lambda self: "other who"
+A.get = Base.who
+inner = make(2)
+inner.__closure__[0].cell_contents = 3
+inner.__closure__[0].cell_contents = [3]
+inner.__closure__[0].cell_contents.append(4)
+wrapped.__closure__[0].cell_contents = lambda: ("unwrapped", K)
+wrapped.__wrapped__ = len
+f.__defaults__ = (7,)
+f.__kwdefaults__ = {"y": 8}
+f.__kwdefaults__["y"] = 9
+f.mark = "marked"
+f.mark = "marked again"
+K = (1, 2)
+K = (1, [2])
+K[1].append(3)
+class A(A): number = "of a child"
+A.number = "of the child, patched"
+f.__code__ = g.__code__
+def f(): return "another f", K
+K = helper
+"""
+
+
+class TestDefinitions(Case):
+    """What is sent ahead, once, and what is looked at anew by each call."""
+
+    def test_each_change_is_seen_by_the_next_call(self):
+        space = {"__name__": "mirai_test_changing"}
+        exec(CHANGING, space)
+        with daemons(1):
+            for change in ["", *re.split(r"\n(?! )", CHANGES.strip())]:
+                exec(change, space)
+                f = space["f"]
+                for _ in range(3):
+                    with self.subTest(change):
+                        self.assertEqual(repr(mirai.mirai(f).result(LONG)).split(" at 0x")[0], repr(f()).split(" at 0x")[0])
+
+    def test_what_a_task_changes_is_as_it_was_for_the_next(self):
+        space = {"__name__": "mirai_test_changing"}
+        exec("K, rows = 1, [1]\ndef f():\n    global K\n    K += 1\n    rows.append(K)\n    return K, rows\n", space)
+        with daemons(1):
+            for _ in range(3):
+                self.assertEqual(mirai.mirai(space["f"]).result(LONG), (2, [1, 2]))
+
+    def test_a_hundred_megabytes_that_a_function_closes_over_go_to_each_daemon_once(self):
+        """Each daemon has one object of these bytes, for all its tasks."""
+        data = os.urandom(100_000_000)
+
+        def f(i):
+            return os.getpid(), id(data), i, data[::10_000_000]
+        with daemons(4):
+            start = time.monotonic()
+            found = [m.result(LONG) for m in [mirai.mirai(f, i) for i in range(1000)]]
+            found += mirai_map(range(1000), f).results()
+            found += [mirai.mirai(f, i).result(LONG) for i in range(20)]        # one by one, with none in between
+            self.assertEqual([i for _, _, i, _ in found], [*range(1000), *range(1000), *range(20)])
+            self.assertEqual(len({pid for pid, _, _, _ in found}), len({(pid, at) for pid, at, _, _ in found}))
+            self.assertEqual({seen for _, _, _, seen in found}, {data[::10_000_000]})
+            self.assertLess(time.monotonic() - start, 60)
+
+    def test_a_new_daemon_has_what_its_predecessor_had(self):
+        data = os.urandom(1_000_000)
+
+        class Point:
+            def __init__(self, x):
+                self.x = x
+
+        def f(p, end=False):
+            if end:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return len(data) + p.x
+        with daemons(1):
+            for _ in range(3):
+                self.assertEqual(mirai.mirai(f, Point(1)).result(LONG), 1_000_001)
+                self.assertEqual(mirai.mirai(f, Point(1), True)[:].code, 19)
+
+    def test_definitions_that_no_task_needs_make_room_for_others(self):
+        link = None
+        with daemons(2), replaced(mirai, "KEPT_DEFINITIONS", 200_000):
+            link = mirai._find(None).link
+            for i in range(60):
+                data = bytes([i]) * 100_000
+                m = mirai.mirai(lambda: data[0] + len(data))
+                if i % 7 == 3:
+                    m.cancel()
+                else:
+                    self.assertEqual(m.result(LONG), i + 100_000)
+                self.assertLessEqual(link.unneeded_bytes, 350_000)
+                self.assertEqual(link.unneeded_bytes, sum(link.ahead[hash][1] for hash in link.unneeded))
+            self.assertLess(len(link.ahead), 20)
+            inside = mirai.mirai(lambda: len(__import__("mirai")._received)).result(LONG)
+            self.assertLess(inside, 20)
+
+    def test_a_definition_that_a_task_needs_stays(self):
+        with Gate() as gate, daemons(1), replaced(mirai, "KEPT_DEFINITIONS", 0):
+            held = mirai.mirai(gate.enter)
+            gate.arrived()
+            waiting = []
+            for i in range(30):
+                data = bytes([i]) * 70_000
+                waiting.append(mirai.mirai(lambda: data[0] + len(data)))
+            for m in waiting[::3]:
+                m.cancel()
+            gate.open()
+            held.result(LONG)
+            self.assertEqual([m[:] for i, m in enumerate(waiting) if i % 3], [i + 70_000 for i in range(30) if i % 3])
+            for _ in range(3):              # gone, and sent anew
+                self.assertEqual(mirai.mirai(lambda: data[0] + len(data)).result(LONG), 29 + 70_000)
+
+    def test_threads_that_submit_share_what_is_sent_ahead(self):
+        data = [os.urandom(100_000) for _ in range(3)]
+
+        def make(each):
+            return lambda i: len(each) + i
+        functions = [make(each) for each in data]
+
+        def work(k):
+            return [mirai.mirai(functions[(i + k) % 3], i).result(LONG) - 100_000 for i in range(40)]
+        with daemons(2), replaced(mirai, "KEPT_DEFINITIONS", 150_000):
+            with concurrent.futures.ThreadPoolExecutor(6) as pool:
+                self.assertEqual(list(pool.map(work, range(6))), [list(range(40))] * 6)
+            link = mirai._find(None).link
+            self.assertTrue(all(users == 0 for users, _ in link.ahead.values()))
+            self.assertEqual(set(link.unneeded), set(link.ahead))
+
+    def test_a_daemon_started_by_hand_has_definitions_too(self):
+        data = os.urandom(500_000)
+
+        class Point:
+            x = 1
+        with daemons(url=mirai.local_url()):
+            with subprocess.Popen([sys.executable, mirai.__file__, "daemon", status()["daemons"]]) as process:
+                found = mirai_map(range(5), lambda i: (len(data), Point().x, i)).results()
+                daemons(0)
+                self.assertEqual(process.wait(LONG), 0)
+        self.assertEqual(found, [(500_000, 1, i) for i in range(5)])
 
 
 # What a session changes between calls, as it would in cells: `call` evaluates on the daemon, `expect` compares.
