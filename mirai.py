@@ -463,8 +463,8 @@ _definition_of: dict[int, _Definition] = {}             # by id(code), which it 
 _codes: dict[bytes, tuple[Any, ...]] = {}               # definition or hash -> code, module, name, qualname, doc
 _received: dict[bytes, bytes] = {}                      # hash -> definition, of those that were sent ahead
 _namespaces: dict[str, dict[str, Any]] = {}             # module -> what its by-value functions share, on a daemon
-_tracked: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()      # token -> class
-_records: dict[int, _Record] = {}                       # by id(class), as long as the class lives
+_tracked: dict[bytes, _Record] = {}                     # by token, as long as the class lives
+_records: dict[int, _Record] = {}                       # by id(class), as long
 _large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()    # by function
 _importables: dict[str, tuple[Any, bool]] = {}
 _hooks_here: dict[bytes, dict[type, Any]] = {}          # on a daemon: hash -> class -> its functions
@@ -628,13 +628,14 @@ class Pickler(pickle.Pickler):
         super().__init__(sink, 5)
         self.needs, self.home = needs, home
         self.hooks = _registered if hooks is None else hooks
-        self.by_owner = True                    # methods go by their class, but for these, by id
-        self.unowned: set[int] = set()
-        self.settled = True                     # all that went by value is in these two, and is watched or settled:
-        self.functions: list[Any] = []
+        self.functions: list[Any] = []          # all that went by value, as long as nothing else that may change did
         self.classes: list[Any] = []
+        self.unowned: set[int] = set()          # methods that go by themselves, by id
         self.scopes: dict[Any, Any] = {}        # by id(globals); names of modules that are taken
         self.large: dict[int, _Instead] = {}    # by id(bytes)
+
+    by_owner = True     # methods go by their class
+    settled = True      # nothing has gone that may change unseen
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -708,22 +709,27 @@ class _Watch:
     """What bytes were made from, a class and functions: by identities, so that a change is seen. They must not keep
     the class alive, to which its methods refer: they are guarded by weak references, and by references to atoms."""
 
-    __slots__ = ("functions", "stamp", "guards", "stale")
+    __slots__ = ("functions", "members", "stamp", "guards", "stale")
 
     def __init__(self, cls: type | None, functions: Iterable[types.FunctionType], reads: bool) -> None:
         self.functions = [(weakref.ref(f), _define(f).names if reads else ()) for f in functions]
         self.stale = False
         self.guards: list[Any] = []
-        self.stamp = self._identities(cls, self._guard)
+        self.members = self._members(cls, self._guard)
+        self.stamp = self._identities(self._guard)
 
-    def holds(self, cls: type | None) -> bool:
-        return not self.stale and self.stamp == self._identities(cls, id)
+    def holds(self, cls: type | None = None) -> bool:
+        return not self.stale and self.members == self._members(cls, id) and self.stamp == self._identities(id)
 
-    def _identities(self, cls: type | None, id: Callable[[Any], int]) -> list[Any]:
+    def holds_members(self, cls: type) -> bool:
+        """For those who watch its functions themselves."""
+        return not self.stale and self.members == self._members(cls, id)
+
+    def _members(self, cls: type | None, id: Callable[[Any], int]) -> list[Any]:
+        return [] if cls is None else [*vars(cls), *map(id, vars(cls).values()), id(cls.__bases__)]
+
+    def _identities(self, id: Callable[[Any], int]) -> list[Any]:
         found: list[Any] = []
-        if cls is not None:
-            members = vars(cls)
-            found += [*members, *map(id, members.values()), id(cls.__bases__)]
         for ref, names in self.functions:
             f = ref()
             if f is None:
@@ -967,8 +973,7 @@ class _Record:
     __slots__ = ("of", "token", "own", "blob", "version", "deps", "early", "reads", "live", "watch", "filling")
 
     def __init__(self, obj: Any, token: bytes, own: bool) -> None:
-        key = id(obj)
-        self.of = weakref.ref(obj, lambda _: _records.pop(key, None))
+        self.of = weakref.ref(obj, functools.partial(_untrack, id(obj), token))
         self.token = token
         self.own = own                              # made here, where all others have their copies from
         self.blob = b""                             # the definition
@@ -984,7 +989,17 @@ class _Record:
 def _track(obj: Any, token: bytes, own: bool) -> _Record:
     """Its record, or that of the one which another thread has made meanwhile."""
     record = _records[id(obj)] = _Record(obj, token, own)
-    return _record_of(_tracked.setdefault(token, obj)) or record
+    known = _tracked.setdefault(token, record)
+    if known.of() is None:
+        known = _tracked[token] = record
+    return known
+
+
+def _untrack(key: int, token: bytes, ref: Any) -> None:
+    _records.pop(key, None)
+    record = _tracked.get(token)
+    if record is not None and record.of is ref:
+        del _tracked[token]
 
 
 def _record_of(obj: Any) -> _Record | None:
@@ -996,8 +1011,9 @@ def _new_record(obj: Any, *content: bytes) -> _Record:
     """With a token that is the same in every run: of the content, and of how many with that content there are."""
     for number in itertools.count():
         token = hash_of(*content, b"%d" % number)
-        if _tracked.get(token, obj) is obj:
-            return _track(obj, token, True)
+        record = _track(obj, token, True)
+        if record.of() is obj:
+            return record
     raise AssertionError
 
 
@@ -1009,7 +1025,8 @@ class _ClassPickler(Pickler):
         self.deps: list[Any] = []
         self.numbers: dict[int, int] = {}
         self.read: dict[int, tuple[dict[str, None], dict[Any, None]]] = {}
-        self.by_owner = False
+
+    by_owner = False
 
     def persistent_id(self, obj: Any) -> int | None:
         outside = (isinstance(obj, type) and not _class_by_reference(obj)) or type(obj) is _Scope or (
@@ -1210,11 +1227,12 @@ class _ClassUnpickler(pickle.Unpickler):
 def _use_class(token: bytes, version: bytes, blob: bytes | None, early: tuple[Any, ...],
                late: tuple[Any, ...] | None) -> Any:
     """The class with that token: the one that is here, brought up to date unless it is this process's own, or made."""
-    record = _record_of(_tracked.get(token))
-    if record is not None and (record.own or record.version == version and record.filling is None):
-        return record.of()
+    record = _tracked.get(token)
+    cls = None if record is None else record.of()
+    if cls is not None and record is not None and (record.own or record.version == version and record.filling is None):
+        return cls
     filling = _definition(version) if blob is None else blob, early
-    if record is None:
+    if cls is None or record is None:
         make, *parts = _ClassUnpickler(*filling).load()
         cls = make(*parts)
         record = _track(cls, token, False)
@@ -1356,10 +1374,11 @@ def _variable_record(obj: Any) -> _Record:
 
 
 def _use_type_variable(token: bytes, kind: str, module: str, arguments: list[Any], options: dict[str, Any]) -> Any:
-    found = _tracked.get(token)
+    record = _tracked.get(token)
+    found = None if record is None else record.of()
     if found is None:
         found = _make_typing(kind, module, arguments, options)
-        _track(found, token, False)
+        return _track(found, token, False).of()
     return found
 
 
@@ -1613,7 +1632,8 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items())
         slots = copyreg._slotnames(type(obj))       # type: ignore[attr-defined]
         yield from ((f".{name}", getattr(obj, name)) for name in slots if hasattr(obj, name))
-        yield " (its class)", type(obj)
+        if "__module__" in vars(type(obj)) and not _class_by_reference(type(obj)):
+            yield " (its class)", type(obj)
 
 
 # ======================================================================
@@ -1702,11 +1722,11 @@ class _Head:
         self.modules = len(sys.modules)     # one more, and a function may reach it through its package
 
     def holds(self) -> bool:
-        if not self.watch.holds(None) or self.modules != len(sys.modules):
+        if not self.watch.holds() or self.modules != len(sys.modules):
             return False
         for record, version in self.classes:
             cls = record.of()
-            if cls is None or record.version != version or not record.watch.holds(cls):
+            if cls is None or record.version != version or not record.watch.holds_members(cls):
                 return False
         return True
 
