@@ -995,11 +995,12 @@ def _track(obj: Any, token: bytes, own: bool) -> _Record:
     return known
 
 
-def _untrack(key: int, token: bytes, ref: Any) -> None:
-    _records.pop(key, None)
-    record = _tracked.get(token)
-    if record is not None and record.of is ref:
-        del _tracked[token]
+def _untrack(id: int, token: bytes, ref: Any) -> None:
+    """It has ended: lately, where another may have its id by now."""
+    known: tuple[tuple[dict[Any, _Record], Any], ...] = ((_records, id), (_tracked, token))
+    for table, key in known:
+        if key in table and table[key].of is ref:
+            del table[key]
 
 
 def _record_of(obj: Any) -> _Record | None:

@@ -4258,7 +4258,7 @@ def outline(root):
             if not isinstance(x, type) and hasattr(type(x), "left") and hasattr(x, slot):
                 yield slot + "=" + name(getattr(x, slot))
         if hasattr(x, "__dict__") and not isinstance(x, (type, types.MethodType)):
-            for k, v in x.__dict__.items():
+            for k, v in sorted(x.__dict__.items(), key=lambda item: item[0]):
                 yield "." + k + "=" + name(v)
     name(root)
     while todo:                     # breadth first, and no recursion: graphs may be deep
