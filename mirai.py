@@ -60,6 +60,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import copyreg
+import enum
 import errno
 import functools
 import gc
@@ -94,7 +95,7 @@ from concurrent.futures import _base as _futures
 
 TYPE_CHECKING = False       # typing takes longer to import than all of this file; checkers read the name alone
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
     from typing import Any, NoReturn
 
     FutureOfAny = concurrent.futures.Future[Any]
@@ -304,7 +305,7 @@ class Kind:
 
 
 HEADER = struct.Struct("<QBBHQ")    # payload length, wire version, kind, flags, id
-NEEDS = struct.Struct("<H")         # how many hashes stand before it
+NEEDS = struct.Struct("<I")         # how many hashes stand before it
 COUNTS = struct.Struct("<QQQQQ")    # connections, cumulative, awaiting, executing, completed
 
 
@@ -463,9 +464,13 @@ _definition_of: dict[int, _Definition] = {}             # by id(code), which it 
 _codes: dict[bytes, tuple[Any, ...]] = {}               # definition or hash -> code, module, name, qualname, doc
 _received: dict[bytes, bytes] = {}                      # hash -> definition, of those that were sent ahead
 _namespaces: dict[str, dict[str, Any]] = {}             # module -> what its by-value functions share, on a daemon
+_written: dict[str, set[str]] = {}                      # the names in them that the last task came with
 _tracked: dict[bytes, _Record] = {}                     # by token, as long as the class lives
 _records: dict[int, _Record] = {}                       # by id(class), as long
 _large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()    # by function
+_making = threading.RLock()                             # held while a class is made, for other threads to have it whole
+_origin = [b""]                                         # what the tokens of this process begin with
+_made: dict[bytes, int] = {}                            # how many classes of a content there have been
 _importables: dict[str, tuple[Any, bool]] = {}
 _hooks_here: dict[bytes, dict[type, Any]] = {}          # on a daemon: hash -> class -> its functions
 _registered: dict[type, Any] = {}                       # class -> its functions, by `register_serial()`
@@ -616,7 +621,10 @@ class Sink:
 
     def __init__(self, *parts: bytes) -> None:
         self.parts = list(parts)
-        self.write = self.parts.append
+
+    def write(self, data: Any) -> None:
+        """A pickler hands over what is large as it is: what may change is copied now."""
+        self.parts.append(data if type(data) is bytes else bytes(data))
 
 
 class Pickler(pickle.Pickler):
@@ -630,6 +638,7 @@ class Pickler(pickle.Pickler):
         self.hooks = _registered if hooks is None else hooks
         self.functions: list[Any] = []          # all that went by value, as long as nothing else that may change did
         self.classes: list[Any] = []
+        self.methods: list[Any] = []
         self.unowned: set[int] = set()          # methods that go by themselves, by id
         self.scopes: dict[Any, Any] = {}        # by id(globals); names of modules that are taken
         self.large: dict[int, _Instead] = {}    # by id(bytes)
@@ -650,16 +659,16 @@ class Pickler(pickle.Pickler):
             return reduce(self, obj)
         if issubclass(kind, type):
             return _reduce_class(self, obj)
-        if isinstance(obj, BaseException):
+        if issubclass(kind, BaseException):
             return _reduce_exception(obj)
-        if isinstance(obj, (property, staticmethod, classmethod)):
-            return _REDUCERS[property if isinstance(obj, property) else classmethod](self, obj)
+        if issubclass(kind, (property, staticmethod, classmethod)):
+            return _REDUCERS[property if issubclass(kind, property) else classmethod](self, obj)
         module = kind.__module__
         if module == "typing":
             return _reduce_typing(self, obj)
         if module == "dataclasses":
             return next((name for name, value in vars(sys.modules[module]).items() if value is obj), NotImplemented)
-        if hasattr(kind, "_member_map_"):
+        if issubclass(kind, enum.Enum):
             return _reduce_member(obj)
         if obj is sys.stdout or obj is sys.stderr:
             return _reduce_file(self, obj)
@@ -709,55 +718,93 @@ class _Watch:
     """What bytes were made from, a class and functions: by identities, so that a change is seen. They must not keep
     the class alive, to which its methods refer: they are guarded by weak references, and by references to atoms."""
 
-    __slots__ = ("functions", "members", "stamp", "guards", "stale")
+    __slots__ = ("functions", "live", "special", "members", "stamp", "atoms", "guards", "dead")
 
-    def __init__(self, cls: type | None, functions: Iterable[types.FunctionType], reads: bool) -> None:
+    def __init__(self, cls: type | None, functions: Iterable[types.FunctionType], reads: bool,
+                 live: Iterable[str] = ()) -> None:
         self.functions = [(weakref.ref(f), _define(f).names if reads else ()) for f in functions]
-        self.stale = False
+        self.live = frozenset(live)                 # attributes of the class that may change
+        self.special = cls and (abc if issubclass(type(cls), abc.ABCMeta) else enum if _is_enum(cls) else None)
+        self.atoms: list[Any] = []
         self.guards: list[Any] = []
+        self.dead: list[Any] = []
         self.members = self._members(cls, self._guard)
-        self.stamp = self._identities(self._guard)
+        self.stamp = self._functions(self._guard)
 
     def holds(self, cls: type | None = None) -> bool:
-        return not self.stale and self.members == self._members(cls, id) and self.stamp == self._identities(id)
+        return not self.dead and self.members == self._members(cls, id) and self.stamp == self._functions(id)
 
     def holds_members(self, cls: type) -> bool:
         """For those who watch its functions themselves."""
-        return not self.stale and self.members == self._members(cls, id)
+        return not self.dead and self.members == self._members(cls, id)
 
-    def _members(self, cls: type | None, id: Callable[[Any], int]) -> list[Any]:
-        return [] if cls is None else [*vars(cls), *map(id, vars(cls).values()), id(cls.__bases__)]
+    def _members(self, cls: Any, id: Callable[[Any], int]) -> list[Any]:
+        if cls is None:
+            return []
+        members: Any = vars(cls)
+        if self.live:
+            members = {name: value for name, value in members.copy().items() if name not in self.live}
+        values, registered = [*members.values(), cls.__qualname__, *cls.__bases__], 0
+        if self.special is enum:
+            values += [value for member in cls._member_map_.values() for value in vars(member).values()]
+        elif self.special is abc:
+            registered = abc.get_cache_token()      # another after each `register()`
+        return [*members, registered, *_marks(values, id)]
 
-    def _identities(self, id: Callable[[Any], int]) -> list[Any]:
-        found: list[Any] = []
+    def _functions(self, id: Callable[[Any], int]) -> list[Any]:
+        values: list[Any] = []
         for ref, names in self.functions:
             f = ref()
             if f is None:
                 return []
-            found += id(f.__code__), id(f.__defaults__), id(f.__kwdefaults__)
-            if f.__dict__:
-                found += map(id, f.__dict__.values())
+            values += f.__code__, f.__name__, f.__doc__, *(f.__defaults__ or ())
+            for more in (f.__kwdefaults__, f.__dict__):
+                if more:
+                    values += *more, *more.values()
             if f.__closure__:
-                found += map(id, map(_contents, f.__closure__))
+                values += map(_contents, f.__closure__)
             if names:
                 read = f.__globals__.get
-                found += [id(read(name, _EMPTY)) for name in names]
-        return found
+                values += [read(name, _EMPTY) for name in names]
+        return _marks(values, id)
 
     def _guard(self, value: Any) -> int:
         if type(value) in _ATOMS:
-            self.guards.append(value)
+            self.atoms.append(value)
         else:
             with contextlib.suppress(TypeError):
-                self.guards.append(weakref.ref(value, lambda _: setattr(self, "stale", True)))
+                self.guards.append(weakref.ref(value, self.dead.append))
         return id(value)
+
+
+_HOLLOW = frozenset((tuple, property, staticmethod, classmethod))
+
+
+def _marks(values: Collection[Any], id: Callable[[Any], int]) -> list[Any]:
+    """Identities, and those within what can't be referred to weakly: another could take its place unseen."""
+    found: list[Any] = list(map(id, values))
+    if _HOLLOW.isdisjoint(map(type, values)):
+        return found
+    for value in values:
+        kind = type(value)
+        if kind is tuple:
+            found += len(value), *_marks(value, id)
+        elif kind is property:
+            found += _marks((value.fget, value.fset, value.fdel), id)
+        elif kind is staticmethod or kind is classmethod:
+            found += _marks((value.__func__,), id)
+    return found
 
 
 def _is_settled(value: Any) -> bool:
     """Whether it changes only by another taking its place, or is watched itself."""
     kind = type(value)
-    return kind in _ATOMS or value is _EMPTY or kind in (types.FunctionType, types.BuiltinFunctionType,
-        types.ModuleType) or isinstance(value, type) or kind is tuple and all(map(_is_settled, value))
+    if kind is tuple:
+        return all(map(_is_settled, value))
+    if kind is types.BuiltinFunctionType:
+        return value.__self__ is None or type(value.__self__) is types.ModuleType       # not a method of a list, say
+    return (kind in _ATOMS or value is _EMPTY or kind in (types.FunctionType, types.ModuleType)
+            or issubclass(kind, type) or kind.__module__ in ("dataclasses", "typing"))
 
 
 # -- functions
@@ -867,13 +914,17 @@ def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
     self.store(f, values)
     self.functions.append(f)
     if self.settled:
-        self.settled = not f.__kwdefaults__ and all(map(_is_settled, (*values, f.__defaults__, *f.__dict__.values())))
+        self.settled = all(map(_is_settled, (*values, *_kept_by(f))))
     if self.large and read:
         read = {name: self.large.get(id(value), value) for name, value in read.items()}
     arguments = self.ref(definition.blob, definition.hash), f.__closure__, self.scope(f)
     if not (read or more or imports):
         return _make_function, arguments
     return _make_function, arguments, (more, read, imports), None, None, _fill_function
+
+
+def _kept_by(f: types.FunctionType) -> list[Any]:
+    return [f.__defaults__, *(f.__kwdefaults__ or {}).values(), *f.__dict__.values()]
 
 
 def _owner_of(f: types.FunctionType) -> Any:
@@ -917,7 +968,7 @@ def _fill_function(f: types.FunctionType, state: tuple[Any, ...]) -> None:
     more, read, imports = state
     for name in imports:
         importlib.import_module(name)
-    f.__globals__.update(read or ())
+    _write_globals(f.__globals__, read or {})
     for name, value in more.items():
         setattr(f, name, value)
 
@@ -928,6 +979,19 @@ def _namespace(module: str) -> dict[str, Any]:
     if scope is None:
         scope = _namespaces[module] = _new_scope(module)
     return scope
+
+
+def _write_globals(space: dict[str, Any], read: Mapping[str, Any]) -> None:
+    space.update(read)
+    if _namespaces.get(space["__name__"]) is space:
+        _written.setdefault(space["__name__"], set()).update(read)
+
+
+def forget_globals(before: Mapping[str, set[str]]) -> None:
+    """What was written for the last task, and has not been for this one: the host has it no more."""
+    for module, names in before.items():
+        for name in names.difference(_written.get(module, ())):
+            _namespaces[module].pop(name, None)
 
 
 def _new_scope(name: Any) -> dict[str, Any]:
@@ -970,20 +1034,22 @@ def _reduce_method(self: Pickler, method: types.MethodType) -> Any:
 class _Record:
     """What is known of a class, or a type variable, that goes by value."""
 
-    __slots__ = ("of", "token", "own", "blob", "version", "deps", "early", "reads", "live", "watch", "filling")
+    __slots__ = ("of", "token", "own", "current", "version", "watch", "filling")
 
     def __init__(self, obj: Any, token: bytes, own: bool) -> None:
         self.of = weakref.ref(obj, functools.partial(_untrack, id(obj), token))
         self.token = token
         self.own = own                              # made here, where all others have their copies from
-        self.blob = b""                             # the definition
-        self.version = b""                          # the hash of the definition, or the last that was received
-        self.deps: list[Any] = []                   # what the definition refers to by number: classes and _Scopes
-        self.early = 0                              # the class itself: those before it are needed to make it
-        self.reads: dict[int, Any] = {}             # number of a _Scope -> names and chains that are read
-        self.live: tuple[str, ...] = ()             # attributes that are not in the definition
-        self.watch: _Watch | None = None            # over what the definition was made from
-        self.filling: Any = None                    # on the other side, until it has all of its members: from what
+        self.current: _Current | None = None        # its definition, as it was when looked at last
+        self.version = b""                          # on the other side: of the definition that was received last,
+        self.watch: _Watch | None = None            # what it gave; a task may have changed that
+        self.filling: Any = None                    # until it has all of its members: what they come from
+
+
+# A class's definition. version: its hash, and that of what it refers to by number, deps: classes, type variables and
+# _Scopes; early: the number of the class itself: those before it are needed to make it; reads: the number of a _Scope
+# -> names and chains that are read; live: attributes that are not in it.
+_Current = collections.namedtuple("_Current", "blob version deps early reads live watch")
 
 
 def _track(obj: Any, token: bytes, own: bool) -> _Record:
@@ -1009,13 +1075,15 @@ def _record_of(obj: Any) -> _Record | None:
 
 
 def _new_record(obj: Any, *content: bytes) -> _Record:
-    """With a token that is the same in every run: of the content, and of how many with that content there are."""
-    for number in itertools.count():
-        token = hash_of(*content, b"%d" % number)
-        record = _track(obj, token, True)
-        if record.of() is obj:
-            return record
-    raise AssertionError
+    """With a token that no other has, but the same in every run: of the content, and of how many had it before. Two
+    daemons may well make classes of one content: theirs begin with something that no other process has."""
+    kind = hash_of(_origin[0], *content)
+    if len(_made) >= CACHED_CODES:
+        _made.clear()
+        _origin[0] = kind           # numbers begin anew, tokens do not come again
+        kind = hash_of(_origin[0], *content)
+    _made[kind] = _made.get(kind, 0) + 1
+    return _track(obj, hash_of(kind, b"%d" % _made[kind]), True)
 
 
 class _ClassPickler(Pickler):
@@ -1030,7 +1098,7 @@ class _ClassPickler(Pickler):
     by_owner = False
 
     def persistent_id(self, obj: Any) -> int | None:
-        outside = (isinstance(obj, type) and not _class_by_reference(obj)) or type(obj) is _Scope or (
+        outside = (issubclass(type(obj), type) and not _class_by_reference(obj)) or type(obj) is _Scope or (
             _is_type_variable(obj) and not _by_reference(obj, obj.__name__))
         return self.number(obj) if outside else None
 
@@ -1047,32 +1115,39 @@ class _ClassPickler(Pickler):
         return None, ()
 
 
-def _current_record(cls: Any) -> _Record:
-    """The record of a class with its definition as the class is now."""
+def _current_of(cls: Any) -> tuple[_Record, _Current]:
+    """The record of a class, and its definition as the class is now."""
     record = _record_of(cls)
-    if record is not None and record.blob and record.watch is not None and record.watch.holds(cls):
-        return record
-    sink = Sink()
-    pickler = _ClassPickler(sink)
-    head, members, extra = (_enum_parts if _is_enum(cls) else _class_parts)(cls)
-    live = tuple(name for name, value in members.items() if not (_is_enum(cls) or _is_fixed(cls, name, value)))
-    fixed = {name: _in_order(value) for name, value in members.items() if name not in live}
-    pickler.dump(head)
-    early = pickler.number(cls)
-    for part in (*_split(fixed), live, extra):
-        pickler.dump(part)
+    if record is not None:
+        known = record.current
+        if known is not None and known.watch.holds(cls):
+            return record, known
+    while True:                     # until no other thread has changed it meanwhile
+        before = vars(cls).copy()
+        sink = Sink()
+        pickler = _ClassPickler(sink)
+        head, members, extra = (_enum_parts if _is_enum(cls) else _class_parts)(cls)
+        live = tuple(name for name, value in members.items() if not (_is_enum(cls) or _is_fixed(cls, name, value)))
+        fixed = {name: _in_order(value) for name, value in members.items() if name not in live}
+        pickler.dump(head)
+        early = pickler.number(cls)
+        for part in (*_split(fixed), live, extra):
+            pickler.dump(part)
+        watch = _Watch(cls, pickler.functions, False, live)
+        after = vars(cls).copy()
+        if [*before] == [*after] and all(map(operator.is_, before.values(), after.values())):
+            break
     blob, classes = b"".join(sink.parts), [dep for dep in pickler.deps if type(dep) is not _Scope]
     if record is None:
         record = _new_record(cls, blob, *[dep.__name__.encode() for dep in classes])
-    record.blob, record.early, record.reads, record.live = blob, early, pickler.read, live
-    record.deps = [dep if type(dep) is _Scope else weakref.ref(dep) for dep in pickler.deps]
-    record.watch = _Watch(cls, pickler.functions, False)
-    record.version = hash_of(blob, *map(_token_of, classes))
-    return record
+    deps = [dep if type(dep) is _Scope else weakref.ref(dep) for dep in pickler.deps]
+    version = hash_of(blob, *map(_token_of, classes))
+    current = record.current = _Current(blob, version, deps, early, pickler.read, live, watch)
+    return record, current
 
 
 def _token_of(dep: Any) -> bytes:
-    record = _record_of(dep) or (_current_record(dep) if isinstance(dep, type) else _variable_record(dep))
+    record = _record_of(dep) or (_current_of(dep)[0] if isinstance(dep, type) else _variable_record(dep))
     return record.token
 
 
@@ -1088,7 +1163,7 @@ _OF_EACH_CLASS = frozenset((
 
 def _members(cls: type) -> dict[str, Any]:
     """What a class holds by its own, but for what making it brings along."""
-    return {sys.intern(name): value for name, value in vars(cls).items() if name not in _OF_EACH_CLASS and not (
+    return {sys.intern(name): value for name, value in vars(cls).copy().items() if name not in _OF_EACH_CLASS and not (
         isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)) and value.__objclass__ is cls)}
 
 
@@ -1163,27 +1238,30 @@ def _data_of(member: Any) -> tuple[Any, ...]:
 
 
 _UNCHANGING = ("typing", "enum", "abc", "dataclasses")
-_FIXED_TYPES = _ATOMS.union((functools.cached_property, functools.partialmethod, functools.singledispatchmethod,
-                             types.MemberDescriptorType, types.GetSetDescriptorType, property,
-                             type(vars(_Definition)["code"])))      # of a named tuple's fields
+_FIXED_TYPES = _ATOMS.union((functools.cached_property, functools.partialmethod, types.MemberDescriptorType,
+                             types.GetSetDescriptorType, property, type(vars(_Definition)["code"])))  # a tuple's field
+_FIXED_NAMES = frozenset((
+    "__annotations__", "__annotate_func__", "__match_args__", "__parameters__", "__abstractmethods__", "__total__",
+    "__required_keys__", "__optional_keys__", "__readonly_keys__", "__mutable_keys__", "__closed__", "__type_params__",
+    "__protocol_attrs__", "__non_callable_proto_members__", "_field_defaults", "_fields"))
 
 
 def _is_fixed(cls: type, name: str, value: Any) -> bool:
     """Whether an attribute is part of the definition: the class's own functions, atoms, other classes, and what Python
     and its decorators leave there. All else may change in place, or be somewhere else as well."""
-    if name.startswith("__") and name.endswith("__") or name in ("_field_defaults", "_fields"):
-        return True
-    functions: tuple[Any, ...] = (_function_in(value),)
-    if type(value) is property:
-        functions = value.fget, value.fset, value.fdel
+    kind = type(value)
+    functions: list[Any] = [value.fget, value.fset, value.fdel] if kind is property else [_function_in(value)]
     own = [f for f in functions if _is_python(f)]
     for f in own:
         if f.__module__ != cls.__module__ or not f.__qualname__.startswith(f"{cls.__qualname__}."):
             return False
-        if not all(map(_is_settled, (*map(_contents, f.__closure__ or ()), f.__defaults__))):
+        if not all(map(_is_settled, (*map(_contents, f.__closure__ or ()), *_kept_by(f)))):
             return False
-    kind = type(value)
-    return bool(own) or kind in _FIXED_TYPES or isinstance(value, type) or kind.__module__ in _UNCHANGING
+    if own or name in _FIXED_NAMES or name.startswith(("__dataclass_", "__pydantic_", "__attrs_")):
+        return True
+    if kind is staticmethod or kind is classmethod:
+        return _is_settled(value.__func__)
+    return kind in _FIXED_TYPES or issubclass(kind, type) or kind.__module__ in _UNCHANGING
 
 
 def _reduce_class(self: Pickler, cls: Any) -> Any:
@@ -1191,29 +1269,35 @@ def _reduce_class(self: Pickler, cls: Any) -> Any:
         return getattr, (types, _UNNAMED_TYPES[id(cls)])
     if _class_by_reference(cls):
         return NotImplemented
-    record = _current_record(cls)
-    deps = [self.scope(dep.of()) if type(dep) is _Scope else dep() for dep in record.deps]
-    early, late = tuple(deps[:record.early]), tuple(deps[record.early + 1:])
-    at_once = all(type(dep) is _Scope for dep in record.deps[record.early + 1:])   # no way back to the class itself
-    live = {name: vars(cls)[name] for name in record.live}
+    record, current = _current_of(cls)
+    if any(type(dep) is _Scope and dep.of() is None for dep in current.deps):
+        record.current = None               # another thread has just replaced its function
+        return _reduce_class(self, cls)
+    deps = [self.scope(dep.of()) if type(dep) is _Scope else dep() for dep in current.deps]
+    early, late = tuple(deps[:current.early]), tuple(deps[current.early + 1:])
+    live = {name: vars(cls)[name] for name in current.live if name in vars(cls)}
     self.unowned.update(id(value) for value in live.values())
     reads = []
-    for number, (names, chains) in record.reads.items() if record.own or not self.home else ():
-        space = record.deps[number].of().__globals__
-        read = {name: space[name] for name in names if name in space}
+    for number, (names, chains) in current.reads.items() if record.own or not self.home else ():
+        f = current.deps[number].of()
+        read = {name: f.__globals__[name] for name in names if name in f.__globals__}
         imports = _submodules(chains, read) if chains else ()
         if read or imports:
-            reads.append((deps[number], read, imports))
             self.settled = self.settled and all(map(_is_settled, read.values()))
+            self.store(f, read.values())
+            read = {name: self.large.get(id(value), value) for name, value in read.items()}
+            reads.append((deps[number], read, imports))
     self.settled = self.settled and not live
-    if self.settled and record.watch is not None:
-        self.classes.append((record, record.version))
-        self.functions += filter(None, (ref() for ref, _ in record.watch.functions))
-    blob = None if self.ref(record.blob, record.version) is record.version else record.blob
-    arguments = record.token, record.version, blob, early, late if at_once else None
+    if self.settled:
+        self.classes.append((record, current))
+        self.methods += filter(None, (ref() for ref, _ in current.watch.functions))
+    blob = None if self.ref(current.blob, current.version) is current.version else current.blob
+    at_once = all(type(dep) is _Scope for dep in current.deps[current.early + 1:])      # no way back to the class
+    arguments = record.token, current.version, blob, early, late if at_once else None
     if at_once and not (reads or live):
         return _use_class, arguments
-    return _use_class, arguments, (None if at_once else late, live, reads), None, None, _fill_class
+    complete = None if at_once else _Instead(_complete_class, cls, late)    # first: what follows may need its methods
+    return _use_class, arguments, (complete, live, reads), None, None, _fill_class
 
 
 class _ClassUnpickler(pickle.Unpickler):
@@ -1228,39 +1312,47 @@ class _ClassUnpickler(pickle.Unpickler):
 def _use_class(token: bytes, version: bytes, blob: bytes | None, early: tuple[Any, ...],
                late: tuple[Any, ...] | None) -> Any:
     """The class with that token: the one that is here, brought up to date unless it is this process's own, or made."""
-    record = _tracked.get(token)
-    cls = None if record is None else record.of()
-    if cls is not None and record is not None and (record.own or record.version == version and record.filling is None):
+    with _making:
+        record = _tracked.get(token)
+        cls = None if record is None else record.of()
+        if cls is not None and record is not None and (
+                record.own or record.version == version and record.watch and record.watch.holds_members(cls)):
+            return cls
+        filling = _definition(version) if blob is None else blob, early
+        if cls is None or record is None:
+            make, *parts = _ClassUnpickler(*filling).load()
+            cls = make(*parts)
+            record = _track(cls, token, False)
+        record.version, record.filling, record.current = version, filling, None
+        if late is not None:
+            _fill_members(cls, record, late)
         return cls
-    filling = _definition(version) if blob is None else blob, early
-    if cls is None or record is None:
-        make, *parts = _ClassUnpickler(*filling).load()
-        cls = make(*parts)
-        record = _track(cls, token, False)
-    cls = record.of()
-    record.version, record.filling, record.blob = version, filling, b""
-    if late is not None:
-        _fill_members(cls, record, late)
-    return cls
+
+
+def _complete_class(cls: Any, late: tuple[Any, ...]) -> None:
+    """For classes whose definition refers to others, which may refer to it."""
+    record = _record_of(cls)
+    if record is not None and not record.own:
+        with _making:
+            _fill_members(cls, record, late)
 
 
 def _fill_class(cls: Any, state: tuple[Any, ...]) -> None:
-    late, live, reads = state
+    _, live, reads = state
     record = _record_of(cls)
     if record is None or record.own:
         return
-    if late is not None:
-        _fill_members(cls, record, late)
     for name, value in live.items():
         type.__setattr__(cls, name, value)
     for scope, read, imports in reads:
         for name in imports:
             importlib.import_module(name)
         space = scope if type(scope) is dict else _namespace(scope)
-        space.update(read)
-        for f in filter(None, map(_function_in, vars(cls).values())):       # should it be here from earlier bytes
-            if f.__globals__ is not space and f.__globals__.get("__name__") == space["__name__"]:
-                f.__globals__.update(read)
+        _write_globals(space, read)
+        for f in filter(None, map(_function_in, vars(cls).copy().values())):    # should it be here from earlier bytes
+            found = f.__globals__
+            if found is not space and found.get("__name__") == space["__name__"] and "__spec__" not in found:
+                found.update(read)
 
 
 def _function_in(value: Any) -> types.FunctionType | None:
@@ -1270,32 +1362,36 @@ def _function_in(value: Any) -> types.FunctionType | None:
 
 
 def _fill_members(cls: Any, record: _Record, late: tuple[Any, ...]) -> None:
-    """As they are, past the constructors and `__setattr__` of its metaclass. Two threads may do the same at once."""
+    """As they are, past the constructors and `__setattr__` of its metaclass."""
     if record.filling is None:
         return
     unpickler = _ClassUnpickler(*record.filling)
-    unpickler.load()
+    _, _, name, bases, head, *_ = unpickler.load()
+    for key, value in (("__name__", name), ("__qualname__", head["__qualname__"]), ("__doc__", head.get("__doc__")),
+                       ("__bases__", bases)):
+        if getattr(cls, key) != value:
+            type.__setattr__(cls, key, value)
     unpickler.deps += cls, *late
     members: dict[str, Any] = {}
     for _ in ("methods", "what may need them"):
         part = unpickler.load()
         members.update(part)
-        for name, value in part.items():
-            type.__setattr__(cls, name, value)
+        for key, value in part.items():
+            type.__setattr__(cls, key, value)
     live, extra = unpickler.load(), unpickler.load()
-    for name in live:           # they come next; a constructor that makes one may look at another
-        if name not in vars(cls):
-            type.__setattr__(cls, name, None)
+    for key in live:            # they come next; a constructor that makes one may look at another
+        if key not in vars(cls):
+            type.__setattr__(cls, key, None)
     if _is_enum(cls):
-        for name, attributes in extra.items():
-            vars(cls._member_map_[name]).update(attributes)
+        for key, attributes in extra.items():
+            vars(cls._member_map_[key]).update(attributes)
     else:
-        for name in _members(cls):
-            if name not in members and name not in live:
-                type.__delattr__(cls, name)
-        for each in extra:
+        for key in _members(cls):
+            if key not in members and key not in live:
+                type.__delattr__(cls, key)
+        for each in filter(None, extra):
             cls.register(each)
-    record.filling = None
+    record.watch, record.filling = _Watch(cls, (), False, live), None
 
 
 def _make_class(meta: Any, name: str, bases: tuple[type, ...], head: dict[str, Any]) -> type:
@@ -1586,18 +1682,21 @@ def explain_unserializable(obj: Any, root: str, error: BaseException, hooks: Map
     """The path from `root` to the part of `obj` that can't be serialized, and why, as `args[1].lock: …`."""
     path, seen = root, {id(obj)}
     carried = tuple(_registered if hooks is None else hooks)
-    while len(seen) < 100 and not isinstance(error, RecursionError):
-        for step, part in () if isinstance(obj, carried) else _parts(obj):
-            if id(part) in seen:
-                continue
-            try:
-                dump_after(b"", part, hooks)
-            except Exception as deeper:
-                path, obj, error = path + step, part, deeper
-                seen.add(id(part))
-                break
-        else:
-            return f"{path}: {error}"
+    try:
+        while len(seen) < 100 and not isinstance(error, RecursionError):
+            for step, part in () if isinstance(obj, carried) else _parts(obj):
+                if id(part) in seen:
+                    continue
+                try:
+                    dump_after(b"", part, hooks)
+                except Exception as deeper:
+                    path, obj, error = path + step, part, deeper
+                    seen.add(id(part))
+                    break
+            else:
+                return f"{path}: {error}"
+    except Exception:           # of an object that does not want to be looked at
+        return f"{path}: {error}"
     return f"{root}: nested too deeply, or {error}"
 
 
@@ -1659,11 +1758,19 @@ def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[s
     """
     plain = type(f) is types.FunctionType and path is None
     head = _heads.get(f) if plain else None
-    if head is not None and head.hooks == (hooks and hooks.hash) and head.holds():
-        return dump_item(head.task, args, kwargs, hooks)
+    holds = head is not None and head.hooks == (hooks and hooks.hash) and head.holds()
+    if holds and head is not None and head.task is not None:
+        sink = Sink(*head.task.parts)
+        pickler = Pickler(sink, dict(head.task.needs), hooks and hooks.by_class)
+        task = _finish(sink, pickler, args, kwargs, "args")
+        if not pickler.functions:       # else they may be those that the function itself refers to
+            return task
     sink, pickler = _begin(TOGETHER, f, (), {}, path, hooks)
     if plain and (head is not None or f not in _heads):
-        _heads[f] = _Head(pickler, sink, hooks and hooks.hash) if pickler.settled else None
+        if holds and head is not None and head.holds():
+            head.task = Task(dict(pickler.needs or {}), [APART + b"".join(sink.parts[1:])])
+        else:
+            _heads[f] = _Head(pickler, hooks and hooks.hash) if pickler.settled else None
     return _finish(sink, pickler, args, kwargs, "args")
 
 
@@ -1714,20 +1821,21 @@ _heads: weakref.WeakKeyDictionary[Any, _Head | None] = weakref.WeakKeyDictionary
 
 
 class _Head:
-    """The first pickle of tasks of one function, as long as nothing changes of all that it was made from."""
+    """The first pickle of tasks of one function, as long as nothing changes of all that it is made from. The first call
+    says what to watch; the second makes the pickle, between two looks that see no change; the third uses it."""
 
-    def __init__(self, pickler: Pickler, sink: Sink, hooks: bytes | None) -> None:
-        self.task = Task(dict(pickler.needs or {}), [APART + b"".join(sink.parts[1:])])
+    def __init__(self, pickler: Pickler, hooks: bytes | None) -> None:
+        self.task: Task | None = None
         self.hooks, self.classes = hooks, pickler.classes
-        self.watch = _Watch(None, pickler.functions, True)
+        self.watch = _Watch(None, (*pickler.functions, *pickler.methods), True)
         self.modules = len(sys.modules)     # one more, and a function may reach it through its package
 
     def holds(self) -> bool:
         if not self.watch.holds() or self.modules != len(sys.modules):
             return False
-        for record, version in self.classes:
+        for record, current in self.classes:
             cls = record.of()
-            if cls is None or record.version != version or not record.watch.holds_members(cls):
+            if cls is None or not current.watch.holds_members(cls):
                 return False
         return True
 
@@ -1743,6 +1851,8 @@ def _explain(error: Exception, hooks: Mapping[type, Any], parts: Mapping[str, An
 
 def _load_task(payload: bytes) -> tuple[Any, ...]:
     """f, args, kwargs, path, hash of the hooks."""
+    before = _written.copy()
+    _written.clear()
     stream = io.BytesIO(payload)
     alone = stream.read(1) == APART
     unpickler = Unpickler(stream)
@@ -1753,6 +1863,7 @@ def _load_task(payload: bytes) -> tuple[Any, ...]:
         content = unpickler.load()
     f, more, options, path, hooks = content
     args, kwargs = (Unpickler(stream) if alone else unpickler).load()
+    forget_globals(before)
     return f, (*args, *more), {**options, **kwargs}, path, hooks
 
 
@@ -2941,6 +3052,7 @@ def _become_daemon() -> None:
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     _namespaces["__main__"] = vars(main)
+    _origin[0] = os.urandom(HASH_SIZE)
     vars(main)["__builtins__"] = builtins
     builtins.quit = builtins.exit = _quit       # type: ignore[assignment]
 
@@ -4320,8 +4432,8 @@ def _at_exit() -> None:
 
 def _after_fork() -> None:
     """A forked child of the host sees no daemons set, and leaves its parent's connections alone."""
-    global _setting, _callbacks
-    _setting, _callbacks = threading.RLock(), None
+    global _setting, _making, _callbacks
+    _setting, _making, _callbacks = threading.RLock(), threading.RLock(), None
     for profile in [*_profiles.values(), *_ephemeral]:
         profile.link.forget()
     for nursery in _nursery:
