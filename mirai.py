@@ -744,7 +744,8 @@ class _Watch:
         members: Any = vars(cls)
         if self.live:
             members = {name: value for name, value in members.copy().items() if name not in self.live}
-        values, registered = [*members.values(), cls.__qualname__, *cls.__bases__], 0
+        values: list[Any] = [*members.values(), cls.__qualname__, *cls.__bases__]
+        registered: object = 0
         if self.special is enum:
             values += [value for member in cls._member_map_.values() for value in vars(member).values()]
         elif self.special is abc:
@@ -983,8 +984,9 @@ def _namespace(module: str) -> dict[str, Any]:
 
 def _write_globals(space: dict[str, Any], read: Mapping[str, Any]) -> None:
     space.update(read)
-    if _namespaces.get(space["__name__"]) is space:
-        _written.setdefault(space["__name__"], set()).update(read)
+    name = space.get("__name__")
+    if type(name) is str and _namespaces.get(name) is space:
+        _written.setdefault(name, set()).update(key for key in read if not key.startswith("__"))
 
 
 def forget_globals(before: Mapping[str, set[str]]) -> None:
@@ -1351,7 +1353,7 @@ def _fill_class(cls: Any, state: tuple[Any, ...]) -> None:
         _write_globals(space, read)
         for f in filter(None, map(_function_in, vars(cls).copy().values())):    # should it be here from earlier bytes
             found = f.__globals__
-            if found is not space and found.get("__name__") == space["__name__"] and "__spec__" not in found:
+            if found is not space and found.get("__name__") == space.get("__name__") and "__spec__" not in found:
                 found.update(read)
 
 
