@@ -9486,8 +9486,9 @@ class TestVerbs(Case):
 
 # A program, and what is changed in it one after the other: each next call must see it.
 CHANGING = """
-import functools
-K, rows, mode = 1, [1], None
+import abc, enum, functools
+K, rows, mode, point, table = 1, [1], None, (0, 0), {}
+look_up = table.get
 def deep(): return K, mode
 def helper(): return "helper", deep(), rows
 def wrap(f):
@@ -9513,17 +9514,39 @@ class A(Base, metaclass=Meta):
     def static(x=1): return "static", x, K
     @classmethod
     def of_class(cls): return cls.number
+    def keyed(self, *, by=[1]): return by, self.keyed.__kwdefaults__
+    __registry__ = {}
+@abc.abstractmethod
+def marked(): return getattr(marked, "kept", None)
+class Abstract(abc.ABC): pass
+class Colour(enum.Enum): RED = 1
 def make(n):
     def inner(): return n
     return inner
 inner = make(1)
 def f(x=0, *, y=0):
     found = [helper(), wrapped(), A().get(), A().prop, A.static(), A.of_class(), A.size()[1], inner(), x, y]
-    return [*found, [K for _ in rows], (lambda: K)(), getattr(f, "mark", None), Base().who()]
+    found += [point, look_up("a"), A().keyed(), A.__registry__, isinstance(1, Abstract), vars(Colour.RED).get("note")]
+    return [*found, marked(), [K for _ in rows], (lambda: K)(), getattr(f, "mark", None), Base().who()]
 def g(x=3, *, y=4): return "g", x, y, K
 """
 CHANGES = """
 K = 2
+for i in range(9): point = (i, i + 0.5)
+for i in range(9): point = (i, i + 0.25)
+point = None
+table["a"] = 1
+A.keyed.__kwdefaults__["by"].append(2)
+A.keyed.__kwdefaults__["by"] = (3,)
+A.keyed.cache = {}
+A.keyed.cache["x"] = 1
+A.__registry__["x"] = 2
+Abstract.register(int)
+Colour.RED.note = "noted"
+marked.kept = ["a"]
+marked.kept.append("b")
+del table["a"]
+A.__doc__ = "text"
 mode = "on"
 rows.append(2)
 rows = [3]
@@ -9587,10 +9610,119 @@ class TestDefinitions(Case):
 
     def test_what_a_task_changes_is_as_it_was_for_the_next(self):
         space = {"__name__": "mirai_test_changing"}
-        exec("K, rows = 1, [1]\ndef f():\n    global K\n    K += 1\n    rows.append(K)\n    return K, rows\n", space)
+        exec(textwrap.dedent("""
+            K, rows = 1, [1]
+            class A: number, items = 1, [1]
+            def f():
+                global K
+                K += 1
+                rows.append(K)
+                A.number += 1
+                A.items.append(2)
+                A.more = getattr(A, "more", 0) + 1
+                return K, rows, A.number, A.items, A.more
+            """), space)
         with daemons(1):
             for _ in range(3):
-                self.assertEqual(mirai.mirai(space["f"]).result(LONG), (2, [1, 2]))
+                self.assertEqual(mirai.mirai(space["f"]).result(LONG), (2, [1, 2], 2, [1, 2], 1))
+
+    def test_a_global_that_is_deleted_is_no_more(self):
+        space = {"__name__": "mirai_test_changing"}
+        exec("Z = 5\ndef f(): return len([Z])\ndef len(_): return 'shadow'\n", space)
+        with daemons(1):
+            self.assertEqual(mirai.mirai(space["f"]).result(LONG), "shadow")
+            del space["len"]
+            self.assertEqual(mirai.mirai(space["f"]).result(LONG), 1)
+            del space["Z"]
+            with self.assertRaisesRegex(NameError, "'Z' is not defined"):
+                mirai.mirai(space["f"]).result(LONG)
+
+    def test_functions_in_arguments_are_those_that_the_function_refers_to(self):
+        def key():
+            return 1
+
+        def f(x):
+            return x is key, {key: 1}.get(x), x()
+        with daemons(1):
+            for _ in range(4):
+                self.assertEqual(mirai.mirai(f, key).result(LONG), (True, 1, 1))
+
+    def test_classes_that_tasks_make_stay_apart(self):
+        """They have the same name and code, and may come from daemons that know nothing of each other."""
+        def make(n):
+            class Base:
+                twice = 2 * n
+
+            class Made(Base):
+                data = [n]
+
+                def get(self):
+                    return self.data, self.twice, n
+            return Made()
+        with daemons(2):
+            found = [m.result(LONG) for m in [mirai.mirai(make, i) for i in range(8)]] + mirai_map(range(8), make).results()
+            self.assertEqual([each.get() for each in found], [([n], 2 * n, n) for n in [*range(8)] * 2])
+            self.assertEqual(len({type(each) for each in found}), 16)
+            again = mirai_map(found, lambda each: each).results()
+            self.assertEqual([type(each) for each in again], [type(each) for each in found])
+
+    def test_classes_that_the_host_makes_in_a_loop_stay_apart(self):
+        def make(n):
+            return type("Made", (), {"data": [n]})
+        ms = []
+        with daemons(2):
+            for i in range(8):
+                made = make(i)
+                ms.append(mirai.mirai(lambda made=made: made()))
+                del made
+                gc.collect()
+            self.assertEqual([m.result(LONG).data for m in ms], [[i] for i in range(8)])
+
+    def test_results_do_not_change_what_modules_of_the_host_hold(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "mirai_test_state.py"), "w") as file:
+                file.write("STATE = 0\ndef act(self): return STATE\ndef make():\n    class Q:\n"
+                           "        also = act\n        def get(self): return STATE\n    return Q()\n"
+                           "def work():\n    global STATE\n    STATE = 5\n    return make()\n")
+            sys.path.insert(0, folder)
+            try:
+                import mirai_test_state
+                with daemons(1):
+                    found = mirai.mirai(mirai_test_state.work).result(LONG)
+                self.assertEqual((mirai_test_state.STATE, found.get(), found.also()), (0, 5, 0))
+            finally:
+                sys.path.remove(folder)
+                sys.modules.pop("mirai_test_state", None)
+
+    def test_what_another_thread_changes_meanwhile_is_seen_in_the_end(self):
+        """However the change and the first pickling fall together, the last word counts."""
+        space = {"__name__": "mirai_test_changing"}
+        exec("K = 0\nclass A: number = 0\ndef f(): return K, A.number\n", space)
+        f, A = space["f"], space["A"]
+        stop = threading.Event()
+
+        def change():
+            i = 0
+            while not stop.is_set():
+                i += 1
+                space["K"] = A.number = i
+        interval = sys.getswitchinterval()
+        thread = threading.Thread(target=change)
+        sys.setswitchinterval(1e-5)
+        try:
+            thread.start()
+            for _ in range(200):
+                mirai.dump_task(f, (), {}, None)
+        finally:
+            stop.set()
+            thread.join()
+            sys.setswitchinterval(interval)
+        for _ in range(3):
+            value, success = evaluated(f)
+            self.assertEqual((value[0], success), (space["K"], True))
+            self.assertEqual(mirai.loads(mirai.dumps(A)).number, A.number)
+        with daemons(1):
+            self.assertEqual(mirai.mirai(f).result(LONG), (space["K"], A.number))
 
     def test_a_hundred_megabytes_that_a_function_closes_over_go_to_each_daemon_once(self):
         """Each daemon has one object of these bytes, for all its tasks."""
