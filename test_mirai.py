@@ -10198,6 +10198,17 @@ class TestCommandLine(Case):
         self.assertEqual(outputs["-c"], outputs["file"])
         self.assertEqual(outputs["-i"], outputs["file"])
 
+    def test_the_readmes_other_programs_print_what_stands_below_them(self):
+        readme = os.path.join(HERE, "README.md")
+        if not os.path.exists(readme):
+            self.skipTest("no README.md beside this file")
+        with open(readme) as file:
+            programs = re.findall(r"```python\n((?:(?!```).)*?)\n```\n+```\n(.*?)\n```", file.read(), re.S)
+        self.assertGreaterEqual(len(programs), 2)
+        for code, expected in programs:
+            done = run_python(code + "\n", mode="file")
+            self.assertEqual((done.returncode, done.stdout.strip(), done.stderr), (0, expected.strip(), ""), code)
+
     def test_functions_defined_right_there_work_as_a_file_at_the_prompt_on_the_command_line_and_on_standard_input(self):
         code = ("import mirai\n"
                 "def double(x): return twice * x\n"
