@@ -661,8 +661,9 @@ class Pickler(pickle.Pickler):
             return _reduce_class(self, obj)
         if issubclass(kind, BaseException):
             return _reduce_exception(obj)
-        if issubclass(kind, (property, staticmethod, classmethod)):
-            return _REDUCERS[property if issubclass(kind, property) else classmethod](self, obj)
+        for base in (property, staticmethod, classmethod, types.ModuleType):
+            if issubclass(kind, base):
+                return _REDUCERS[base](self, obj)
         module = kind.__module__
         if module == "typing":
             return _reduce_typing(self, obj)
@@ -1166,7 +1167,7 @@ _OF_EACH_CLASS = frozenset((
 def _members(cls: type) -> dict[str, Any]:
     """What a class holds by its own, but for what making it brings along."""
     return {sys.intern(name): value for name, value in vars(cls).copy().items() if name not in _OF_EACH_CLASS and not (
-        isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)) and value.__objclass__ is cls)}
+        type(value) in (types.MemberDescriptorType, types.GetSetDescriptorType) and value.__objclass__ is cls)}
 
 
 def _interned(value: Any) -> Any:
@@ -1185,7 +1186,7 @@ def _in_order(value: Any) -> Any:
 def _split(members: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Methods go first: instances of the class among the rest may need them."""
     methods = {name: value for name, value in members.items()
-               if isinstance(value, (types.FunctionType, property, staticmethod, classmethod))}
+               if issubclass(type(value), (types.FunctionType, property, staticmethod, classmethod))}
     return methods, {name: value for name, value in members.items() if name not in methods}
 
 
@@ -1358,8 +1359,8 @@ def _fill_class(cls: Any, state: tuple[Any, ...]) -> None:
 
 
 def _function_in(value: Any) -> types.FunctionType | None:
-    f: Any = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-    f = f.fget if isinstance(f, property) else f
+    f: Any = value.__func__ if issubclass(type(value), (staticmethod, classmethod)) else value
+    f = f.fget if issubclass(type(f), property) else f
     return f if _is_python(f) else None
 
 
@@ -1496,6 +1497,8 @@ def _reduce_module(self: Pickler, module: types.ModuleType) -> Any:
     if sys.modules.get(name) is module and (name == "__main__" or _is_importable(name, module)):
         return importlib.import_module, (sys.intern(name),)
     self.settled = False
+    if type(module) is not types.ModuleType:
+        return NotImplemented
     content = {key: value for key, value in vars(module).items()
                if key not in ("__builtins__", "__loader__", "__spec__", "__name__")}
     if id(vars(module)) not in self.scopes:

@@ -1310,6 +1310,31 @@ class TestSerializer(Case):
         gc.collect()
         self.assertFalse(any(value is large[1] for known in mirai._large.values() for value, _ in known.values()))
 
+    def test_objects_that_do_not_want_to_be_looked_at_are_no_hurdle(self):
+        class Meta(type):
+            def __getattr__(cls, name):
+                return 42
+
+            def __eq__(cls, other):
+                return True
+
+            def __hash__(cls):
+                return 7
+
+        class Strange(metaclass=Meta):
+            x = 1
+
+        class Faceless:
+            def __getattribute__(self, name):
+                if name == "__class__":
+                    raise RuntimeError("no class")
+                return object.__getattribute__(self, name)
+
+        self.assertEqual(self.call(lambda: Strange.x), 1)
+        self.assertIs(mirai.loads(mirai.dumps(Strange)), Strange)
+        self.assertEqual(len(self.call(lambda x: [x], Strange())), 1)
+        self.assertIn("args[0]: no class", self.explanation(print, Faceless()))
+
     def test_what_is_known_of_a_class_ends_with_it(self):
         def make(n):
             class Short:
@@ -9739,6 +9764,27 @@ class TestDefinitions(Case):
             self.assertEqual(len({pid for pid, _, _, _ in found}), len({(pid, at) for pid, at, _, _ in found}))
             self.assertEqual({seen for _, _, _, seen in found}, {data[::10_000_000]})
             self.assertLess(time.monotonic() - start, 60)
+
+    @unittest.skipUnless(importlib.util.find_spec("numpy"), "numpy is not installed")
+    def test_an_array_that_a_function_reads_is_as_it_is_at_each_call_and_can_be_written(self):
+        import numpy
+        array = numpy.arange(100_000, dtype="float64")
+
+        def f(i, other=None):
+            array[0] += 1
+            array[i] += 1
+            return float(array.sum()), array.flags.writeable, other
+        with daemons(1):
+            for _ in range(3):
+                expected = float(array.sum()) + 2
+                self.assertEqual(mirai.mirai(f, 5).result(LONG), (expected, True, None))
+                array[7] *= 3
+            needs = {hash for _ in range(3) for hash in mirai.dump_task(f, (5,), {}, None).needs}
+            self.assertLessEqual(len(needs), 2)
+            total, _, other = mirai.mirai(f, 5, array).result(LONG)
+            self.assertEqual((total, other[0], array[0]), (float(array.sum()) + 2, 1.0, 0.0))
+            large = mirai.mirai(lambda x: x * 2, numpy.ones(1_000_000)).result(LONG)
+            self.assertEqual((float(large.sum()), large.flags.writeable), (2_000_000.0, True))
 
     def test_a_new_daemon_has_what_its_predecessor_had(self):
         data = os.urandom(1_000_000)
