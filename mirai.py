@@ -479,6 +479,7 @@ _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLO
 _CELL_OPS = frozenset(("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"))
 _SKIPPED_OPS = frozenset(("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "PRECALL"))
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)))
+_NOTHING = contextlib.nullcontext()
 _EMPTY = object()               # what an empty cell holds
 Unpickler = pickle.Unpickler
 
@@ -572,6 +573,8 @@ def _can_be_found(name: str, module: Any) -> bool:
 
 def _by_reference(obj: Any, name: str) -> bool:
     """Whether importing `obj.__module__` and looking up `name` gives `obj`, here and so elsewhere."""
+    if "<" in name:             # a lambda, or local to a function
+        return False
     module = getattr(obj, "__module__", None)
     found: Any = sys.modules.get(module) if type(module) is str else None
     if found is None or not _is_importable(str(module), found):
@@ -644,7 +647,7 @@ class Pickler(pickle.Pickler):
         self.large: dict[int, _Instead] = {}    # by id(bytes)
 
     by_owner = True     # methods go by their class
-    settled = True      # nothing has gone that may change unseen
+    settled = False     # whether that matters, and nothing has gone that may change unseen
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -707,11 +710,11 @@ class Pickler(pickle.Pickler):
     def store(self, f: types.FunctionType, values: Iterable[Any]) -> None:
         """Large bytes that `f` reads go ahead, once; they are hashed once, as they cannot change."""
         large = [value for value in values if type(value) is bytes and len(value) >= LARGE]
-        if self.needs is not None and large:
+        if large:
             known = _large.get(f, {})
             found = _large[f] = {id(value): known.get(id(value)) or (value, hash_of(value)) for value in large}
             for key, (value, hash) in found.items():
-                self.needs[hash] = value
+                self.needs[hash] = value        # type: ignore[index]
                 self.large[key] = _Instead(_definition, hash)
 
 
@@ -913,7 +916,8 @@ def _reduce_function(self: Pickler, f: types.FunctionType) -> Any:
     read, imports = self.reads(f, definition)
     more = _attributes_of(f)
     values = *map(_contents, f.__closure__ or ()), *(read or {}).values()
-    self.store(f, values)
+    if self.needs is not None:
+        self.store(f, values)
     self.functions.append(f)
     if self.settled:
         self.settled = all(map(_is_settled, (*values, *_kept_by(f))))
@@ -932,7 +936,9 @@ def _kept_by(f: types.FunctionType) -> list[Any]:
 def _owner_of(f: types.FunctionType) -> Any:
     """The class that goes by value, and that the function is a method of."""
     path, _, name = f.__qualname__.rpartition(".")
-    found: Any = sys.modules.get(f.__module__) if path and type(f.__module__) is str else None
+    if not path or "<" in path:
+        return None
+    found: Any = sys.modules.get(f.__module__) if type(f.__module__) is str else None
     for part in path.split("."):
         found = getattr(found, part, None)
     return found if isinstance(found, type) and vars(found).get(name) is f else None
@@ -940,13 +946,17 @@ def _owner_of(f: types.FunctionType) -> Any:
 
 def _attributes_of(f: types.FunctionType) -> dict[str, Any]:
     more: dict[str, Any] = {}
-    for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__type_params__"):
-        with contextlib.suppress(NameError):        # from 3.14 on annotations are evaluated when read
-            value = getattr(f, name, None)
-            if value:
-                more[name] = value
-    for name, value in f.__dict__.items():
-        more[_interned(name)] = value
+    if f.__defaults__:
+        more["__defaults__"] = f.__defaults__
+    if f.__kwdefaults__:
+        more["__kwdefaults__"] = f.__kwdefaults__
+    with contextlib.suppress(NameError) if sys.version_info >= (3, 14) else _NOTHING:   # where reading evaluates them
+        if f.__annotations__:
+            more["__annotations__"] = f.__annotations__
+    if getattr(f, "__type_params__", None):
+        more["__type_params__"] = f.__type_params__     # type: ignore[attr-defined]
+    if f.__dict__:
+        more.update((_interned(name), value) for name, value in f.__dict__.items())
     return more
 
 
@@ -1005,7 +1015,11 @@ def _reduce_cell(self: Pickler, cell: types.CellType) -> Any:
     value = _contents(cell)
     if self.large and id(value) in self.large:
         value = self.large[id(value)]
-    return types.CellType, (), None if value is _EMPTY else (value,), None, None, _fill_cell
+    return _new_cell, (), None if value is _EMPTY else (value,), None, None, _fill_cell
+
+
+def _new_cell() -> types.CellType:
+    return types.CellType()
 
 
 def _fill_cell(cell: types.CellType, state: tuple[Any, ...]) -> None:
@@ -1051,8 +1065,8 @@ class _Record:
 
 # A class's definition. version: its hash, and that of what it refers to by number, deps: classes, type variables and
 # _Scopes; early: the number of the class itself: those before it are needed to make it; reads: the number of a _Scope
-# -> names and chains that are read; live: attributes that are not in it.
-_Current = collections.namedtuple("_Current", "blob version deps early reads live watch")
+# -> names and chains that are read; live: attributes that are not in it; at_once: it refers to no other class.
+_Current = collections.namedtuple("_Current", "blob version deps early reads live at_once watch")
 
 
 def _track(obj: Any, token: bytes, own: bool) -> _Record:
@@ -1145,7 +1159,8 @@ def _current_of(cls: Any) -> tuple[_Record, _Current]:
         record = _new_record(cls, blob, *[dep.__name__.encode() for dep in classes])
     deps = [dep if type(dep) is _Scope else weakref.ref(dep) for dep in pickler.deps]
     version = hash_of(blob, *map(_token_of, classes))
-    current = record.current = _Current(blob, version, deps, early, pickler.read, live, watch)
+    at_once = all(type(dep) is _Scope for dep in deps[early + 1:])
+    current = record.current = _Current(blob, version, deps, early, pickler.read, live, at_once, watch)
     return record, current
 
 
@@ -1273,13 +1288,16 @@ def _reduce_class(self: Pickler, cls: Any) -> Any:
     if _class_by_reference(cls):
         return NotImplemented
     record, current = _current_of(cls)
-    if any(type(dep) is _Scope and dep.of() is None for dep in current.deps):
-        record.current = None               # another thread has just replaced its function
+    try:
+        deps = [self.scope(dep.of()) if type(dep) is _Scope else dep() for dep in current.deps]
+    except AttributeError:                  # another thread has just replaced the function that it was known by
+        record.current = None
         return _reduce_class(self, cls)
-    deps = [self.scope(dep.of()) if type(dep) is _Scope else dep() for dep in current.deps]
     early, late = tuple(deps[:current.early]), tuple(deps[current.early + 1:])
-    live = {name: vars(cls)[name] for name in current.live if name in vars(cls)}
-    self.unowned.update(id(value) for value in live.values())
+    live = {}
+    if current.live:
+        live = {name: vars(cls)[name] for name in current.live if name in vars(cls)}
+        self.unowned.update(map(id, live.values()))
     reads = []
     for number, (names, chains) in current.reads.items() if record.own or not self.home else ():
         f = current.deps[number].of()
@@ -1287,7 +1305,8 @@ def _reduce_class(self: Pickler, cls: Any) -> Any:
         imports = _submodules(chains, read) if chains else ()
         if read or imports:
             self.settled = self.settled and all(map(_is_settled, read.values()))
-            self.store(f, read.values())
+            if self.needs is not None:
+                self.store(f, read.values())
             read = {name: self.large.get(id(value), value) for name, value in read.items()}
             reads.append((deps[number], read, imports))
     self.settled = self.settled and not live
@@ -1295,11 +1314,10 @@ def _reduce_class(self: Pickler, cls: Any) -> Any:
         self.classes.append((record, current))
         self.methods += filter(None, (ref() for ref, _ in current.watch.functions))
     blob = None if self.ref(current.blob, current.version) is current.version else current.blob
-    at_once = all(type(dep) is _Scope for dep in current.deps[current.early + 1:])      # no way back to the class
-    arguments = record.token, current.version, blob, early, late if at_once else None
-    if at_once and not (reads or live):
+    arguments = record.token, current.version, blob, early, late if current.at_once else None
+    if current.at_once and not (reads or live):
         return _use_class, arguments
-    complete = None if at_once else _Instead(_complete_class, cls, late)    # first: what follows may need its methods
+    complete = None if current.at_once else _Instead(_complete_class, cls, late)    # first: the rest may need methods
     return _use_class, arguments, (complete, live, reads), None, None, _fill_class
 
 
@@ -1594,6 +1612,7 @@ def _refuse(what: str, instead: str) -> Callable[[Pickler, Any], NoReturn]:
 _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     type(functools.lru_cache(repr)): _reduce_lru_cache,         # on PyPy a function, which comes next
     types.FunctionType: _reduce_function,
+    types.BuiltinFunctionType: lambda self, x: NotImplemented,
     types.MethodType: _reduce_method,
     types.CellType: _reduce_cell,
     types.CodeType: lambda self, x: (_load_code, (sys.implementation.cache_tag, _dump_code(x))),
@@ -1761,8 +1780,7 @@ def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[s
 
     Raises TypeError where something can't be serialized, with the path to it.
     """
-    plain = type(f) is types.FunctionType and path is None
-    head = _heads.get(f) if plain else None
+    head = _head_of(f) if type(f) is types.FunctionType and path is None else None
     holds = head is not None and head.hooks == (hooks and hooks.hash) and head.holds()
     if holds and head is not None and head.task is not None:
         sink = Sink(*head.task.parts)
@@ -1770,12 +1788,12 @@ def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[s
         task = _finish(sink, pickler, args, kwargs, "args")
         if not pickler.functions:       # else they may be those that the function itself refers to
             return task
-    sink, pickler = _begin(TOGETHER, f, (), {}, path, hooks)
-    if plain and (head is not None or f not in _heads):
-        if holds and head is not None and head.holds():
+    sink, pickler = _begin(TOGETHER, f, (), {}, path, hooks, head is not None)
+    if head is not None:
+        if holds and head.holds():
             head.task = Task(dict(pickler.needs or {}), [APART + b"".join(sink.parts[1:])])
         else:
-            _heads[f] = _Head(pickler, hooks and hooks.hash) if pickler.settled else None
+            head.watch_all(pickler, hooks and hooks.hash)
     return _finish(sink, pickler, args, kwargs, "args")
 
 
@@ -1794,11 +1812,12 @@ def dump_item(constant: Task, args: tuple[Any, ...], kwargs: dict[str, Any], hoo
 
 
 def _begin(how: bytes, f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
-           hooks: Hooks | None) -> tuple[Sink, Pickler]:
+           hooks: Hooks | None, watched: bool = False) -> tuple[Sink, Pickler]:
     """The first pickle of a task; in its place its hash, where it is large: it goes ahead as a definition."""
     sink = Sink(how)
     needs: dict[bytes, Any] = {}
     pickler = Pickler(sink, needs, hooks and hooks.by_class)
+    pickler.settled = watched
     if hooks is not None:
         needs[hooks.hash] = hooks.blob
     try:
@@ -1822,27 +1841,53 @@ def _finish(sink: Sink, pickler: Pickler, args: tuple[Any, ...], kwargs: dict[st
     return Task(pickler.needs, sink.parts)
 
 
-_heads: weakref.WeakKeyDictionary[Any, _Head | None] = weakref.WeakKeyDictionary()     # None: it can't be kept
+_heads: dict[int, tuple[Any, _Head | None]] = {}        # by id(code): the last function that had it, weakly
 
 
 class _Head:
     """The first pickle of tasks of one function, as long as nothing changes of all that it is made from. The first call
-    says what to watch; the second makes the pickle, between two looks that see no change; the third uses it."""
+    notes the function; the second says what to watch; the third makes the pickle, between two looks that see no change;
+    from then on it is used."""
 
-    def __init__(self, pickler: Pickler, hooks: bytes | None) -> None:
-        self.task: Task | None = None
-        self.hooks, self.classes = hooks, pickler.classes
-        self.watch = _Watch(None, (*pickler.functions, *pickler.methods), True)
-        self.modules = len(sys.modules)     # one more, and a function may reach it through its package
+    watch: _Watch | None = None
+    task: Task | None = None
+    hooks: bytes | None = None
+
+    def watch_all(self, pickler: Pickler, hooks: bytes | None) -> None:
+        self.watch = self.task = None
+        if pickler.settled:
+            self.hooks, self.classes = hooks, pickler.classes
+            self.modules = len(sys.modules)     # one more, and a function may reach it through its package
+            self.watch = _Watch(None, (*pickler.functions, *pickler.methods), True)
 
     def holds(self) -> bool:
-        if not self.watch.holds() or self.modules != len(sys.modules):
+        if self.watch is None or not self.watch.holds() or self.modules != len(sys.modules):
             return False
         for record, current in self.classes:
             cls = record.of()
             if cls is None or not current.watch.holds_members(cls):
                 return False
         return True
+
+
+def _head_of(f: types.FunctionType) -> _Head | None:
+    """None at a function's first call: most lambdas have no second."""
+    key = id(f.__code__)
+    ref, head = _heads.get(key, (None, None))
+    if ref is None or ref() is not f:
+        if len(_heads) >= CACHED_CODES:
+            _heads.clear()
+        _heads[key] = weakref.ref(f, functools.partial(_drop_head, key)), None
+        return None
+    if head is None:
+        head = _Head()
+        _heads[key] = ref, head
+    return head
+
+
+def _drop_head(key: int, ref: Any) -> None:
+    if _heads.get(key, (None, None))[0] is ref:
+        del _heads[key]
 
 
 def _explain(error: Exception, hooks: Mapping[type, Any], parts: Mapping[str, Any]) -> Exception:
