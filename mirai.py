@@ -327,16 +327,15 @@ def encode_parts(kind: int, parts: Sequence[bytes], id: int = 0, flags: int = 0)
     return b"".join([HEADER.pack(sum(map(len, parts)), WIRE_VERSION, kind, flags, id), *parts])
 
 
-def encode_task(id: int, parts: Sequence[bytes], needs: Iterable[bytes], retries: int) -> bytes:
+def encode_task(id: int, parts: Sequence[bytes], needs: Collection[bytes], retries: int) -> bytes:
     """`needs`: hashes of definitions that have to be there before the task. They stand behind what a daemon reads."""
-    needs = tuple(needs)
     return encode_parts(Kind.TASK, [*parts, *needs, NEEDS.pack(len(needs))], id, retries)
 
 
-def needs_of(task: bytes) -> list[bytes]:
-    """The hashes that `encode_task()` left at the end of a frame, or of its payload."""
+def needs_of(task: bytes) -> bytes:
+    """The hashes that `encode_task()` left at the end of a frame, or of its payload, in a row."""
     end = len(task) - NEEDS.size
-    return split_hashes(task[end - HASH_SIZE * NEEDS.unpack_from(task, end)[0]:end])
+    return task[end - HASH_SIZE * NEEDS.unpack_from(task, end)[0]:end]
 
 
 def split_hashes(data: bytes) -> list[bytes]:
@@ -511,6 +510,11 @@ def dump_after(head: bytes, obj: Any, hooks: Mapping[type, Any] | None = None, h
 def loads(data: bytes | memoryview) -> Any:
     """The object that `dumps()` made `data` of. Unpickling runs code: only for bytes of a trusted origin."""
     return pickle.loads(data)
+
+
+def dump_atoms(obj: Any) -> bytes:
+    """For what is made of tuples and atoms alone."""
+    return pickle.dumps(obj, 5)
 
 
 def hash_of(*parts: bytes) -> bytes:
@@ -1768,7 +1772,8 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
 
 _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
 VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
-TOGETHER, APART = b"t", b"a"    # how a task begins: its two pickles share objects, or each stands alone
+TOGETHER, APART = b"t", b"a"    # how a task begins: its two pickles share objects, or each stands alone, and the length
+APART_HEAD = struct.Struct("<cQ")       # of the first comes before it
 
 Task = collections.namedtuple("Task", "needs parts")    # definitions by hash, bytes or pieces of them; its own pieces
 
@@ -1783,6 +1788,8 @@ def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[s
     head = _head_of(f) if type(f) is types.FunctionType and path is None else None
     holds = head is not None and head.hooks == (hooks and hooks.hash) and head.holds()
     if holds and head is not None and head.task is not None:
+        if not kwargs and _ATOMS.issuperset(map(type, args)):
+            return Task(head.task.needs, [*head.task.parts, dump_atoms((args, kwargs))])
         sink = Sink(*head.task.parts)
         pickler = Pickler(sink, dict(head.task.needs), hooks and hooks.by_class)
         task = _finish(sink, pickler, args, kwargs, "args")
@@ -1791,7 +1798,7 @@ def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[s
     sink, pickler = _begin(TOGETHER, f, (), {}, path, hooks, head is not None)
     if head is not None:
         if holds and head.holds():
-            head.task = Task(dict(pickler.needs or {}), [APART + b"".join(sink.parts[1:])])
+            head.task = Task(dict(pickler.needs or {}), _apart(sink))
         else:
             head.watch_all(pickler, hooks and hooks.hash)
     return _finish(sink, pickler, args, kwargs, "args")
@@ -1801,7 +1808,12 @@ def dump_constant(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
                   hooks: Hooks | None = None) -> Task:
     """What the tasks of a map have in common, to be completed by `dump_item()`."""
     sink, pickler = _begin(APART, f, args, kwargs, path, hooks)
-    return Task(pickler.needs, sink.parts)
+    return Task(pickler.needs, _apart(sink))
+
+
+def _apart(sink: Sink) -> list[bytes]:
+    first = b"".join(sink.parts[1:])
+    return [APART_HEAD.pack(APART, len(first)) + first]
 
 
 def dump_item(constant: Task, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks | None = None,
@@ -1901,20 +1913,32 @@ def _explain(error: Exception, hooks: Mapping[type, Any], parts: Mapping[str, An
 
 def _load_task(payload: bytes) -> tuple[Any, ...]:
     """f, args, kwargs, path, hash of the hooks."""
-    before = _written.copy()
-    _written.clear()
-    stream = io.BytesIO(payload)
-    alone = stream.read(1) == APART
-    unpickler = Unpickler(stream)
-    content = unpickler.load()
-    if type(content) is bytes:          # it went ahead
-        stream = io.BytesIO(b"".join([_definition(content), stream.read()]))
+    before = None
+    if _written:
+        before = _written.copy()
+        _written.clear()
+    if payload.startswith(APART):
+        view = memoryview(payload)
+        end = APART_HEAD.size + APART_HEAD.unpack_from(payload)[1]
+        content = loads(view[APART_HEAD.size:end])
+        if type(content) is bytes:          # it went ahead
+            content = loads(_definition(content))
+        call = loads(view[end:])
+    else:
+        stream = io.BytesIO(payload)
+        stream.seek(len(TOGETHER))
         unpickler = Unpickler(stream)
         content = unpickler.load()
-    f, more, options, path, hooks = content
-    args, kwargs = (Unpickler(stream) if alone else unpickler).load()
-    forget_globals(before)
-    return f, (*args, *more), {**options, **kwargs}, path, hooks
+        if type(content) is bytes:
+            unpickler = Unpickler(io.BytesIO(b"".join([_definition(content), stream.read()])))
+            content = unpickler.load()
+        call = unpickler.load()
+    (f, more, options, path, hooks), (args, kwargs) = content, call
+    if before:
+        forget_globals(before)
+    if more or options:
+        args, kwargs = (*args, *more), {**options, **kwargs}
+    return f, args, kwargs, path, hooks
 
 
 def evaluate(payload: bytes) -> bytes:
@@ -1932,6 +1956,8 @@ def evaluate(payload: bytes) -> bytes:
 
 def _dump_value(value: Any, hooks: Mapping[type, Any] | None) -> bytes:
     try:
+        if type(value) in _ATOMS:
+            return VALUE + dump_atoms(value)
         return dump_after(VALUE, value, hooks, home=True)
     except BaseException as error:
         if isinstance(error, Exception):
@@ -2666,7 +2692,7 @@ class _Peer:
         self.launch: tuple[int, int] | None = None      # slot, serial of a local daemon
         self.name = ""
         self.pid = 0
-        self.known: set[bytes] = set()                  # definitions that were sent to it
+        self.known: set[bytes] = set()                  # definitions that were sent to it: hashes, and rows of them
         self.last_task = -1                             # what it said it would finish before it leaves
         self.events = selectors.EVENT_READ
         self.handle: Callable[[_Peer, Message], None] | None = None
@@ -2927,7 +2953,7 @@ class Dispatcher:
             peer = self.peers.get(daemon)
             known = [] if peer is None else [hash for hash in hashes if hash in peer.known]
             if peer is not None and known:
-                peer.known.difference_update(known)
+                peer.known = {hash for hash in peer.known if len(hash) == HASH_SIZE}.difference(known)
                 self._post(peer, encode(Kind.DROP, 0, b"".join(known)))
 
     def _from_daemon(self, peer: _Peer, message: Message) -> None:
@@ -2982,11 +3008,18 @@ class Dispatcher:
 
     def _assign(self, effect: Any) -> None:
         peer, frame = self.peers[effect.daemon], self.frames[effect.task]
-        for hash in needs_of(frame):
+        needs = needs_of(frame)
+        if needs not in peer.known:
+            self._define(peer, needs)
+        self._post(peer, frame)
+
+    def _define(self, peer: _Peer, needs: bytes) -> None:
+        """Sends what the next task needs and this daemon lacks."""
+        for hash in split_hashes(needs):
             if hash not in peer.known and hash in self.definitions:
                 peer.known.add(hash)
                 self._post(peer, self.definitions[hash])
-        self._post(peer, frame)
+        peer.known.add(needs)
 
     def _interrupt(self, effect: Any, delay: float = INTERRUPT_AGAIN) -> None:
         """Again and again, ever more rarely, until the daemon has given the task back."""
@@ -3657,7 +3690,9 @@ def nursery_main(host: int) -> int:
         gc.freeze()
     nursery = Nursery(Connection(control), host)
     become = nursery.run()
-    return 0 if become is None else become()
+    if become is None:
+        os._exit(0)         # an interpreter that shuts down would complain of signals from the children just ended
+    return become()
 
 
 class NurseryHandle:
@@ -4043,14 +4078,16 @@ class Link:
         """Notes that a task needs these definitions, and sends those that are not there. Counted first and noted
         after: an interrupt in between keeps one for longer, and drops none too early."""
         for hash, blob in needs.items():
+            with self.lock:
+                held = self.ahead.setdefault(hash, [0, 0])
+                held[0] += 1
+                m.needs = (*m.needs, hash)
+                if self.unneeded and hash in self.unneeded:
+                    del self.unneeded[hash]
+                    self.unneeded_bytes -= held[1]
+            if held[1]:
+                continue
             with self.sending:
-                with self.lock:
-                    held = self.ahead.setdefault(hash, [0, 0])
-                    held[0] += 1
-                    m.needs = (*m.needs, hash)
-                    if hash in self.unneeded:
-                        del self.unneeded[hash]
-                        self.unneeded_bytes -= held[1]
                 if not held[1]:
                     frame = encode_parts(Kind.DEFINE, [hash, blob] if type(blob) is bytes else [hash, *blob])
                     self._send(frame)
