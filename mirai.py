@@ -459,7 +459,7 @@ SerialConfig = collections.namedtuple("SerialConfig", "cls sfunc ufunc")        
 Hooks = collections.namedtuple("Hooks", "by_class hash blob")                   # a configuration as tasks refer to it
 _Definition = collections.namedtuple("_Definition", "code about blob hash names chains")
 
-_definition_of: dict[int, _Definition] = {}             # by id(code), which it holds
+_definition_of: dict[Any, _Definition] = {}             # by id(code), which it holds, and name: wrappers share code
 _codes: dict[bytes, tuple[Any, ...]] = {}               # definition or hash -> code, module, name, qualname, doc
 _received: dict[bytes, bytes] = {}                      # hash -> definition, of those that were sent ahead
 _namespaces: dict[str, dict[str, Any]] = {}             # module -> what its by-value functions share, on a daemon
@@ -822,13 +822,14 @@ def _define(f: types.FunctionType) -> _Definition:
     """A function's definition, and the globals that its code and code nested in it name; made once."""
     code = f.__code__
     about = f.__module__, f.__name__, f.__qualname__, f.__doc__, f.__globals__.get("__package__")
-    known = _definition_of.get(id(code))
+    known = _definition_of.get((id(code), f.__qualname__))
     if known is None or known.about != about:
         if len(_definition_of) >= CACHED_CODES:
             _definition_of.clear()
         plain = [x if type(x) is str else None for x in about]
         blob = marshal.dumps((sys.implementation.cache_tag, _dump_code(code), *plain), 2)
-        known = _definition_of[id(code)] = _Definition(code, about, blob, hash_of(blob), *_names_of(code))
+        known = _Definition(code, about, blob, hash_of(blob), *_names_of(code))
+        _definition_of[id(code), f.__qualname__] = known
     return known
 
 

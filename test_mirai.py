@@ -1275,6 +1275,23 @@ class TestSerializer(Case):
         self.assertTrue(all(task.needs == tasks[0].needs for task in tasks))
         self.assertLess(len(b"".join(tasks[-1].parts)), 600)
 
+    def test_wrappers_that_share_their_code_are_analysed_once_each(self):
+        def wrap(f):
+            kept = []
+
+            @functools.wraps(f)
+            def inner():
+                return kept, f()
+            return inner
+        functions = [wrap(f) for f in (textwrap.dedent, json.loads, math.sqrt)]
+        seen = []
+        analyse = mirai._names_of
+        with replaced(mirai, "_names_of", lambda code: seen.append(code) or analyse(code)):
+            for _ in range(5):
+                for f in functions:
+                    mirai.dumps(f)
+        self.assertEqual(len(seen), 3)
+
     def test_what_is_large_is_sent_ahead_by_its_hash(self):
         blob = os.urandom(mirai.LARGE)
         for large in (blob, bytearray(blob), [bytes(1000) for _ in range(100)]):
