@@ -465,7 +465,7 @@ _received: dict[bytes, bytes] = {}                      # hash -> definition, of
 _namespaces: dict[str, dict[str, Any]] = {}             # module -> what its by-value functions share, on a daemon
 _written: dict[str, set[str]] = {}                      # the names in them that the last task came with
 _tracked: dict[bytes, _Record] = {}                     # by token, as long as the class lives
-_records: dict[int, _Record] = {}                       # by id(class), as long
+_records: dict[int, _Record] = {}                       # by id(class), likewise
 _large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()    # by function
 _making = threading.RLock()                             # held while a class is made, for other threads to have it whole
 _origin = [b""]                                         # what the tokens of this process begin with
@@ -643,7 +643,7 @@ class Pickler(pickle.Pickler):
         super().__init__(sink, 5)
         self.needs, self.home = needs, home
         self.hooks = _registered if hooks is None else hooks
-        self.functions: list[Any] = []          # all that went by value, as long as nothing else that may change did
+        self.functions: list[Any] = []          # that went by value, and classes and their methods, to be watched
         self.classes: list[Any] = []
         self.methods: list[Any] = []
         self.unowned: set[int] = set()          # methods that go by themselves, by id
@@ -1144,7 +1144,7 @@ def _current_of(cls: Any) -> tuple[_Record, _Current]:
         known = record.current
         if known is not None and known.watch.holds(cls):
             return record, known
-    while True:                     # until no other thread has changed it meanwhile
+    for _ in range(100):            # until no other thread has changed it meanwhile
         before = vars(cls).copy()
         sink = Sink()
         pickler = _ClassPickler(sink)
