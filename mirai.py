@@ -610,10 +610,10 @@ def _is_python(f: Any) -> bool:
 # -- the pickler
 
 class _Scope:
-    """Stands for a function's globals: one object for all functions that share them."""
+    """In the definition of a class, the globals of a function."""
 
-    def __init__(self, name: Any, f: types.FunctionType) -> None:
-        self.name, self.of = name, weakref.ref(f)
+    def __init__(self, f: types.FunctionType) -> None:
+        self.of = weakref.ref(f)
 
 
 class _Instead:
@@ -690,14 +690,14 @@ class Pickler(pickle.Pickler):
         return hash
 
     def scope(self, f: Any) -> Any:
-        """What goes in for a function's globals. In a task the name of the module: its functions share a namespace on
-        the daemon; two namespaces of one name stay apart."""
+        """What goes in for a function's globals, one object for all that share them. In a task the name of the module:
+        its functions share a namespace on the daemon; two namespaces of one name stay apart."""
         space = f.__globals__
         scope = self.scopes.get(id(space))
         if scope is None:
             name = _interned(space.get("__name__"))
             shared = self.needs is not None and type(name) is str and name not in self.scopes
-            scope = self.scopes[id(space)] = name if shared else _Scope(name, f)
+            scope = self.scopes[id(space)] = name if shared else {"__name__": name}
             self.scopes[name if shared else None] = scope
         return scope
 
@@ -974,6 +974,8 @@ def _make_function(ref: bytes, cells: tuple[types.CellType, ...] | None, scope: 
         known = _codes[ref] = _load_code(tag, code), *about
     code, module, name, qualname, doc, package = known
     space = scope if type(scope) is dict else _namespace(scope)
+    if "__builtins__" not in space:
+        space["__builtins__"] = builtins
     if package is not None and "__package__" not in space:
         space["__package__"] = package
     f = types.FunctionType(code, space, name, None, cells)
@@ -994,7 +996,7 @@ def _namespace(module: str) -> dict[str, Any]:
     """The globals that the by-value functions of one module share in this process."""
     scope = _namespaces.get(module)
     if scope is None:
-        scope = _namespaces[module] = _new_scope(module)
+        scope = _namespaces[module] = {"__name__": module, "__builtins__": builtins}
     return scope
 
 
@@ -1010,10 +1012,6 @@ def forget_globals(before: Mapping[str, set[str]]) -> None:
     for module, names in before.items():
         for name in names.difference(_written.get(module, ())):
             _namespaces[module].pop(name, None)
-
-
-def _new_scope(name: Any) -> dict[str, Any]:
-    return {"__name__": name, "__builtins__": builtins}
 
 
 def _reduce_cell(self: Pickler, cell: types.CellType) -> Any:
@@ -1129,6 +1127,9 @@ class _ClassPickler(Pickler):
         if number == len(self.deps):
             self.deps.append(obj)
         return number
+
+    def scope(self, f: Any) -> Any:
+        return self.scopes.setdefault(id(f.__globals__), _Scope(f))
 
     def reads(self, f: types.FunctionType, definition: _Definition) -> Any:
         names, chains = self.read.setdefault(self.number(self.scope(f)), ({}, {}))
@@ -1636,7 +1637,6 @@ _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     weakref.WeakValueDictionary: lambda self, x: (weakref.WeakValueDictionary, (), None, None, iter(list(x.items()))),
     weakref.WeakKeyDictionary: lambda self, x: (weakref.WeakKeyDictionary, (), None, None, iter(list(x.items()))),
     functools.cached_property: _reduce_cached_property,
-    _Scope: lambda self, x: (_new_scope, (x.name,)),
     _Instead: lambda self, x: x.reduced,
     **dict.fromkeys((io.TextIOWrapper, io.BufferedReader, io.BufferedWriter, io.BufferedRandom, io.FileIO),
                     _reduce_file),
