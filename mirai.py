@@ -1246,9 +1246,10 @@ def _is_sunder(name: str) -> bool:
 
 
 def _is_enums_own(cls: Any, name: str, value: Any) -> bool:
-    """Whether `enum` makes it, and will again: members, its tables, and where a method stood that it has replaced."""
+    """Whether `enum` makes it, and will again: members, its tables, and where a method stood that it has replaced. Some
+    versions make masks of flags only from members that are plain numbers."""
     if _is_sunder(name):
-        return not isinstance(value, (types.FunctionType, staticmethod, classmethod))
+        return not (type(value) in _ATOMS or issubclass(type(value), (types.FunctionType, staticmethod, classmethod)))
     return name in cls._member_map_ or name == "__objclass__" or (
         name == "__new__" and getattr(value, "__module__", "") == "enum")
 
