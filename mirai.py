@@ -1473,7 +1473,9 @@ def _make_enum(meta: Any, name: str, bases: tuple[type, ...], head: dict[str, An
 
 def _reduce_member(member: Any) -> Any:
     cls, name = type(member), getattr(member, "_name_", None)
-    return (getattr, (cls, name)) if cls._member_map_.get(name) is member else NotImplemented
+    if cls._member_map_.get(name) is member:
+        return getattr, (cls, name)
+    return (cls, (member._value_,)) if issubclass(cls, enum.Flag) else NotImplemented
 
 
 def _reduce_typing(self: Pickler, obj: Any) -> Any:
