@@ -478,7 +478,6 @@ _GLOBAL_OPS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLO
 _CELL_OPS = frozenset(("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"))
 _SKIPPED_OPS = frozenset(("CACHE", "EXTENDED_ARG", "PUSH_NULL", "RESUME", "PRECALL"))
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented)))
-_NOTHING = contextlib.nullcontext()
 _EMPTY = object()               # what an empty cell holds
 Unpickler = pickle.Unpickler
 
@@ -569,9 +568,10 @@ def _can_be_found(name: str, module: Any) -> bool:
     if spec.origin in ("built-in", "frozen"):
         return True
     for finder in sys.meta_path:
-        found = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
-        if found is not None:
-            return not spec.has_location or found.origin == spec.origin
+        with contextlib.suppress(ImportError, ValueError):      # of one that does not know such names
+            found = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
+            if found is not None:
+                return not spec.has_location or found.origin == spec.origin
     return False
 
 
@@ -955,9 +955,12 @@ def _attributes_of(f: types.FunctionType) -> dict[str, Any]:
         more["__defaults__"] = f.__defaults__
     if f.__kwdefaults__:
         more["__kwdefaults__"] = f.__kwdefaults__
-    with contextlib.suppress(NameError) if sys.version_info >= (3, 14) else _NOTHING:   # where reading evaluates them
-        if f.__annotations__:
-            more["__annotations__"] = f.__annotations__
+    try:
+        annotations = f.__annotations__
+    except NameError:           # from 3.14 on they are evaluated when read
+        annotations = {}
+    if annotations:
+        more["__annotations__"] = annotations
     if getattr(f, "__type_params__", None):
         more["__type_params__"] = f.__type_params__     # type: ignore[attr-defined]
     if f.__dict__:
@@ -1917,45 +1920,50 @@ def _explain(error: Exception, hooks: Mapping[type, Any], parts: Mapping[str, An
 
 def _load_task(payload: bytes) -> tuple[Any, ...]:
     """f, args, kwargs, path, hash of the hooks."""
-    before = None
-    if _written:
-        before = _written.copy()
-        _written.clear()
+    before = _written.copy() if _written else None
+    _written.clear()
+    try:
+        content, call = _load_parts(payload)
+    finally:
+        if before:
+            forget_globals(before)
+    (f, more, options, path, hooks), (args, kwargs) = content, call
+    if more or options:
+        args, kwargs = (*args, *more), {**options, **kwargs}
+    return f, args, kwargs, path, hooks
+
+
+def _load_parts(payload: bytes) -> tuple[Any, Any]:
+    """What the two pickles of a task hold."""
     if payload.startswith(APART):
         view = memoryview(payload)
         end = APART_HEAD.size + APART_HEAD.unpack_from(payload)[1]
         content = loads(view[APART_HEAD.size:end])
         if type(content) is bytes:          # it went ahead
             content = loads(_definition(content))
-        call = loads(view[end:])
-    else:
-        stream = io.BytesIO(payload)
-        stream.seek(len(TOGETHER))
-        unpickler = Unpickler(stream)
+        return content, loads(view[end:])
+    stream = io.BytesIO(payload)
+    stream.seek(len(TOGETHER))
+    unpickler = Unpickler(stream)
+    content = unpickler.load()
+    if type(content) is bytes:
+        unpickler = Unpickler(io.BytesIO(b"".join([_definition(content), stream.read()])))
         content = unpickler.load()
-        if type(content) is bytes:
-            unpickler = Unpickler(io.BytesIO(b"".join([_definition(content), stream.read()])))
-            content = unpickler.load()
-        call = unpickler.load()
-    (f, more, options, path, hooks), (args, kwargs) = content, call
-    if before:
-        forget_globals(before)
-    if more or options:
-        args, kwargs = (*args, *more), {**options, **kwargs}
-    return f, args, kwargs, path, hooks
+    return content, unpickler.load()
 
 
 def evaluate(payload: bytes) -> bytes:
     """Runs a task and gives its outcome. Everything that user code can raise, `_Interrupted` and SystemExit
     included, is an outcome; an interrupt may still come out of here while the outcome is being made."""
     try:
-        f, args, kwargs, path, hooks = _load_task(payload)
+        f, args, kwargs, path, hash = _load_task(payload)
+        hooks = received_hooks(hash)
         if path is not None:
             sys.path[:] = path
         value = _run_source(f, kwargs) if isinstance(f, str) else f(*args, **kwargs)
     except BaseException as error:
         return dump_failure(error)
-    return _dump_value(value, received_hooks(hooks))
+    return _dump_value(value, hooks)
 
 
 def _dump_value(value: Any, hooks: Mapping[type, Any] | None) -> bytes:

@@ -4049,18 +4049,8 @@ class Interpreters:
         self.process.stdout.close()
 
 
-class TestFeatureTable(Case):
-    """Each feature sent by a process whose `__main__` defines it, to one that has never seen it nor any other.
-
-    The two differ in their hash seeds. The test methods are made from the tables, below.
-    """
-
-    DUMP = "\nimport mirai\nwith open({!r}, 'wb') as file: file.write(mirai.dumps((check, subject)))\n"
-    CHECK = "import mirai\nwith open({!r}, 'rb') as file: check, it = mirai.loads(file.read())\ncheck(it)\n"
-    AGAIN = ("import mirai\nwith open({!r}, 'rb') as file: both = mirai.loads(file.read())\n"
-             "with open({!r}, 'wb') as file: file.write(mirai.dumps(both))\n")
-    REFUSE = ("\nimport mirai, pickle\ntry: mirai.dumps(subject)\n"
-              "except (TypeError, pickle.PicklingError) as error: print(error)\nelse: print('it was serialized')\n")
+class TwoInterpreters(Case):
+    """`here` and `there` differ in their hash seeds, and have a folder in common."""
 
     @classmethod
     def setUpClass(cls):
@@ -4074,6 +4064,20 @@ class TestFeatureTable(Case):
         cls.there.close()
         shutil.rmtree(cls.folder)
         super().tearDownClass()
+
+
+class TestFeatureTable(TwoInterpreters):
+    """Each feature sent by a process whose `__main__` defines it, to one that has never seen it nor any other.
+
+    The two differ in their hash seeds. The test methods are made from the tables, below.
+    """
+
+    DUMP = "\nimport mirai\nwith open({!r}, 'wb') as file: file.write(mirai.dumps((check, subject)))\n"
+    CHECK = "import mirai\nwith open({!r}, 'rb') as file: check, it = mirai.loads(file.read())\ncheck(it)\n"
+    AGAIN = ("import mirai\nwith open({!r}, 'rb') as file: both = mirai.loads(file.read())\n"
+             "with open({!r}, 'wb') as file: file.write(mirai.dumps(both))\n")
+    REFUSE = ("\nimport mirai, pickle\ntry: mirai.dumps(subject)\n"
+              "except (TypeError, pickle.PicklingError) as error: print(error)\nelse: print('it was serialized')\n")
 
     def dumped(self, name, interpreters=None):
         """The path of what a fresh interpreter made of a feature, and its bytes."""
@@ -4136,7 +4140,7 @@ def _add_table_tests():
 _add_table_tests()
 
 
-class TestObjectGraphs(Case):
+class TestObjectGraphs(TwoInterpreters):
     """Random graphs of everything that can hold something else, shared nodes and cycles included, sent to a process
     that has only mirai: there and on the way home they must be the same graph, in values and in who is whom."""
 
@@ -4387,19 +4391,6 @@ for seed, (graph, copy, text) in enumerate(zip(graphs, came, wanted), {first}):
     assert outline(graph) == text, f"seed {{seed}}: what came home changed what was sent"
 print("all")
 """
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.folder = tempfile.mkdtemp()
-        cls.here, cls.there = Interpreters(1), Interpreters(2)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.here.close()
-        cls.there.close()
-        shutil.rmtree(cls.folder)
-        super().tearDownClass()
 
     def test_random_graphs_arrive_as_they_are(self):
         for first in range(0, self.GRAPHS, 100):
@@ -9655,6 +9646,21 @@ class TestDefinitions(Case):
                 for _ in range(3):
                     with self.subTest(change):
                         self.assertEqual(repr(mirai.mirai(f).result(LONG)).split(" at 0x")[0], repr(f()).split(" at 0x")[0])
+
+    def test_a_configuration_that_can_not_be_rebuilt_there_fails_the_task_and_not_the_daemon(self):
+        class Odd(type):
+            pass
+
+        class Late:
+            def __reduce__(self):
+                return (exec, ("raise RuntimeError('not here')", {}))
+
+            def __call__(self, _):
+                return b""
+        with daemons(1, serial=mirai.serial_config(Odd, Late(), bytes)):
+            for _ in range(2):
+                self.assertRaisesRegex(RuntimeError, "not here", mirai.mirai(abs, -1).result, LONG)
+            self.assertEqual(info().cumulative, 1)
 
     def test_what_a_task_changes_is_as_it_was_for_the_next(self):
         space = {"__name__": "mirai_test_changing"}
