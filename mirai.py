@@ -31,21 +31,23 @@ Contents (a section knows those above it, never one below):
     Part I, pure
      1. Constants: limits and times, each with its reason
      2. Errors: what a task can come back as
-     3. Wire: frames, and nothing of what is in them
-     4. Serializer: objects to bytes and back
-     5. Task and outcome: the one place where user code is called
-     6. Dispatcher core: events in, effects out
+     3. Random streams: L'Ecuyer's, advanced as R does
+     4. Wire: frames, and nothing of what is in them
+     5. Serializer: objects to bytes and back
+     6. Task and outcome: the one place where user code is called
+     7. Dispatcher core: events in, effects out
     Part II, moving bytes
-     7. Transport: URLs, the handshake, connections
-     8. Dispatcher shell: sockets around the core
-     9. Daemon: dial, evaluate, reply
-    10. Nursery: the parent of dispatchers and local daemons
+     8. Transport: URLs, the handshake, connections
+     9. Shared page: what a dispatcher and its local daemons see of each other
+    10. Dispatcher shell: sockets around the core
+    11. Daemon: dial, evaluate, reply
+    12. Nursery: the parent of dispatchers and local daemons
     Part III, what users call
-    11. Mirai: the future
-    12. Link: the host's end of the wire
-    13. Profiles: daemons, status, the current profile
-    14. mirai, map, collect: the verbs
-    15. Command line: daemon, demo
+    13. Mirai: the future
+    14. Link: the host's end of the wire
+    15. Profiles: daemons, status, the current profile
+    16. mirai, map, collect: the verbs
+    17. Command line: daemon, demo
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ import mmap
 import operator
 import os
 import pickle
+import random
 import select
 import selectors
 import signal
@@ -89,6 +92,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import weakref
 from collections import deque
 from concurrent.futures import _base as _futures
@@ -106,9 +110,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ErrorValue", "LaunchError", "Mirai", "MiraiCancelled", "MiraiConnectionReset", "MiraiError", "MiraiInterrupt",
     "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "collect_mirai", "daemon", "daemons", "daemons_set",
-    "dumps", "info", "is_error_value", "is_mirai", "is_mirai_error", "is_mirai_interrupt", "is_mirai_map",
-    "launch_local", "loads", "local_daemons", "local_url", "mirai", "mirai_map", "on_daemon", "race_mirai",
-    "register_serial", "require_daemons", "serial_config", "status", "stop_mirai", "unresolved", "with_daemons",
+    "dumps", "everywhere", "info", "is_error_value", "is_mirai", "is_mirai_error", "is_mirai_interrupt",
+    "is_mirai_map", "launch_local", "loads", "local_daemons", "local_url", "mirai", "mirai_map", "nextcode",
+    "nextget", "nextstream", "on_daemon", "race_mirai", "register_serial", "require_daemons", "serial_config",
+    "status", "stop_mirai", "try_mirai", "unresolved", "with_daemons",
 ]
 
 
@@ -142,9 +147,22 @@ CACHED_CODES = 4096         # code objects whose bytes are remembered, on either
 HASH_SIZE = 16              # bytes of SHA-256 by which a definition is known: no two will ever meet
 LARGE = 1 << 16             # bytes; from here on what a function reads is sent ahead, once, and not with each task
 KEPT_DEFINITIONS = 64 << 20     # bytes of them that no task needs now: the next may, and else they are sent again
+EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_NOPERM = 64, 69, 70, 77      # of sysexits.h
 CO_COROUTINE = 0x80         # in a code object's flags; `inspect` has it, but is slow to import
-SLOT_WORDS = 2              # words of the shared page per local daemon: which task to interrupt, which has begun
-SLOTS = 65536               # local daemons a dispatcher can have in its lifetime at once; untouched pages cost nothing
+SLOT_SIZE = 8192            # bytes of the shared page per local daemon: more only matters to outcomes that are larger
+SLOT_HEAD = 64              # of them for the words in front, one cache line
+SLOTS = 16384               # local daemons a dispatcher can have in its lifetime at once; untouched pages cost nothing
+CHUNK_TIME = 0.01           # seconds for which a daemon is given items, and between its reports: less costs a frame each
+STEAL_AFTER = 0.002         # what somebody else will have done by then is not worth taking from them
+REVOKE_TIME = 0.0003        # until every processor sees what another has written, many times over
+UNIT_ITEMS = 4096           # items of a map in one frame: more would make the first wait, fewer cost frames
+UNIT_BYTES = 1 << 18        # or so many bytes of them: a daemon that takes a share is sent the whole frame
+KEPT_UNITS = 4              # frames of items that a daemon keeps: the pieces it is given come from few at a time
+KEPT_PACES = 64             # maps of which it is remembered how long their items take
+WINDOW_MOST = 65536         # items of a generator that are under way at once, at most
+WINDOW_BYTES = 1 << 26      # or so many bytes of them
+OUTPUT_TIME = 1.0           # a daemon waits so long for what its task wrote to be passed on
+REDIAL_FIRST, REDIAL_MOST = 0.05, 1.0   # seconds between a daemon's attempts to reach a host: the first, the longest
 
 
 # ======================================================================
@@ -272,7 +290,136 @@ def describe_loss(who: str, how: str, words: str = "") -> str:
 
 
 # ======================================================================
-# 3. Wire: frames, and nothing of what is in them
+# 3. Random streams: L'Ecuyer's, advanced as R does
+# ======================================================================
+# Knows:  arithmetic; `random` and numpy's global generator, which it seeds.
+# Never:  who has which stream.
+# Source: L'Ecuyer, Simard, Chen and Kelton, "An object-oriented random-number package with many long streams and
+#         substreams", Operations Research 50 (2002). MRG32k3a: two recurrences of three numbers each; streams are 2**127
+#         steps apart, substreams 2**76, and a step is a product with a matrix.
+
+_MODULI = (4294967087, 4294944443)
+_STEPS = (((0, 1, 0), (0, 0, 1), (-810728, 1403580, 0)), ((0, 1, 0), (0, 0, 1), (-1370589, 0, 527612)))
+STREAM, SUBSTREAM = 127, 76
+R_KIND = 10407              # how R's `.Random.seed` says that it is this generator, with inversion and rejection
+
+Stream = tuple              # of six ints, below the first modulus and below the second, three each
+
+
+def seed_stream(seed: int) -> Stream[int, ...]:
+    """The state that R's `set.seed(seed)` gives this generator."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -1 << 31 <= seed < 1 << 32:
+        raise ValueError(f"seed={seed!r}: expected an integer of 32 bits, as R takes it")
+    state = []
+    for i in range(56):
+        seed = (69069 * seed + 1) & 0xffffffff
+        while i >= 50 and seed >= _MODULI[1]:
+            seed = (69069 * seed + 1) & 0xffffffff
+        state.append(seed)
+    return tuple(state[50:])
+
+
+def random_stream() -> Stream[int, ...]:
+    """One that nobody else has."""
+    system = random.SystemRandom()
+    return tuple(system.randrange(1, modulus) for modulus in _MODULI for _ in range(3))
+
+
+@functools.lru_cache(maxsize=None)
+def _doubled(times: int) -> Any:
+    """The matrices of both recurrences for 2**times steps."""
+    if not times:
+        return _STEPS
+    return tuple(tuple(tuple(sum([a * b for a, b in zip(row, column)]) % modulus for column in zip(*matrix))
+                       for row in matrix) for matrix, modulus in zip(_doubled(times - 1), _MODULI))
+
+
+def advance_stream(stream: Stream[int, ...], count: int = 1, distance: int = STREAM) -> Stream[int, ...]:
+    """The stream that is `count` further on."""
+    while count:
+        if count & 1:
+            state = []
+            for i, (matrix, modulus) in enumerate(zip(_doubled(distance), _MODULI)):
+                x, y, z = stream[3 * i:3 * i + 3]
+                state += [(a * x + b * y + c * z) % modulus for a, b, c in matrix]
+            stream = tuple(state)
+        count >>= 1
+        distance += 1
+    return stream
+
+
+def stream_to_r(stream: Stream[int, ...]) -> list[int]:
+    """As R's `.Random.seed` has it: seven integers, of 32 bits with a sign."""
+    return [R_KIND, *(value - (1 << 32) if value >> 31 else value for value in stream)]
+
+
+def stream_from_r(rs: Sequence[int]) -> Stream[int, ...]:
+    """Of what `stream_to_r()` gives; ValueError for anything else."""
+    values = tuple(rs) if isinstance(rs, (list, tuple)) else ()
+    if len(values) != 7 or values[0] % 100 != R_KIND % 100 or not all(type(value) is int for value in values):
+        raise ValueError(f"rs={rs!r}: expected seven integers, as nextstream() gives")
+    return tuple(value & 0xffffffff for value in values[1:])
+
+
+class _Generators:
+    """Seeds `random`, and numpy's global generator when it is there: now, or as soon as a task imports it."""
+
+    def __init__(self) -> None:
+        self.stream: Stream[int, ...] | None = None
+
+    def seed(self, stream: Stream[int, ...]) -> None:
+        self.stream = stream
+        random.seed(int.from_bytes(struct.pack("<6I", *stream), "little"))
+        numpy_random = sys.modules.get("numpy.random")
+        if numpy_random is not None and hasattr(numpy_random, "seed"):
+            numpy_random.seed(stream)
+        elif self not in sys.meta_path:
+            sys.meta_path.insert(0, self)       # type: ignore[arg-type]
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """As a finder of modules: stands aside, but has numpy's generator seeded once it is imported."""
+        if name != "numpy.random":
+            return None
+        self.withdraw()
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                with contextlib.suppress(AttributeError):       # a loader that takes no attributes
+                    spec.loader.exec_module = functools.partial(self._load, spec.loader.exec_module)    # type: ignore
+                return spec
+        return None
+
+    def _load(self, exec_module: Callable[[Any], None], module: Any) -> None:
+        exec_module(module)
+        if self.stream is not None:
+            module.seed(self.stream)
+
+    def withdraw(self) -> None:
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(self)          # type: ignore[arg-type]
+
+
+GENERATORS = _Generators()
+
+
+@contextlib.contextmanager
+def generators_restored() -> Iterator[None]:
+    """Whatever is seeded or drawn inside, afterwards `random` and numpy go on as if it had not been."""
+    state, numpy_random = random.getstate(), sys.modules.get("numpy.random")
+    numpy_state = numpy_random.get_state() if numpy_random is not None else None
+    try:
+        yield
+    finally:
+        GENERATORS.withdraw()
+        random.setstate(state)
+        if numpy_random is not None:
+            numpy_random.set_state(numpy_state)
+        elif "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed()
+
+
+# ======================================================================
+# 4. Wire: frames, and nothing of what is in them
 # ======================================================================
 # Knows:  the header, limits.
 # Never:  tasks, pickle, sockets.
@@ -290,23 +437,41 @@ class Kind:
     LAUNCH = 12             # host -> dispatcher: flags 0; payload JSON {n, spec}
     DEFINE = 13             # payload: a hash, then the definition that tasks refer to by it
     DROP = 14               # payload: hashes of definitions that are no longer needed
+    UNIT = 15               # id: of the first of several tasks, flags: retries; payload: UNIT_HEAD, items, as for TASK
+    EVERYWHERE = 16         # id, payload: as for TASK; host: flags: the least number; daemon: FRESH, REPLAY
+    END = 17                # whatever else was agreed on, daemons end with their connection
+    RUN = 18                # dispatcher -> daemon: id: a unit; payload RANGE of its tasks; flags: FRESH
+    LIMIT = 19              # dispatcher -> daemon: id: the position from which on nothing is to be begun
     # daemon -> dispatcher -> host
-    RESULT = 20             # id; payload: a serialized outcome
-    LEAVE = 21              # daemon -> dispatcher: flags: why; id: the task whose result still follows, or 0
-    LOST = 22               # dispatcher -> host: id; payload JSON {launch, text}
+    RESULT = 20             # id; payload: a serialized outcome; flags: FAILED
+    LEAVE = 21              # daemon -> dispatcher: flags: why; id: the position of the last task it may have begun
+    LOST = 22               # dispatcher -> host: id: of the unit; payload JSON {launch, text, lo, hi}
     COUNTS = 23             # dispatcher -> host: payload struct COUNTS
     NO_LAUNCH = 24          # dispatcher -> host: payload JSON {text}: launching has stopped
+    RESULTS = 25            # id: of the unit; payload: RESULTS_HEAD, outcomes
+    CUT = 26                # daemon -> dispatcher: id: the position from which on it will begin nothing
+    STOPPED = 27            # daemon -> dispatcher: the same, and it has come there
+    CLAIM = 28              # daemon -> dispatcher: id: the last position that it may begin before it reports again
+    SIZED = 29              # dispatcher -> host: id: of an `everywhere` call; payload RANGE: its answers
     # host, dispatcher <-> nursery, JSON; id: the job
     START = 30              # host -> nursery: a dispatcher
     LISTENING = 31          # dispatcher -> nursery -> host
     FORK = 32               # dispatcher -> nursery: daemons {slots, spec}
     SIGNAL = 33             # dispatcher -> nursery: {slot, pid, signal}
     ENDED = 34              # nursery -> dispatcher, host: {slot, pid, status, words}
+    OUTPUT = 35             # nursery -> dispatcher -> host: what tasks wrote; flags: 1, 2, the descriptor; no JSON
 
 
 HEADER = struct.Struct("<QBBHQ")    # payload length, wire version, kind, flags, id
 NEEDS = struct.Struct("<I")         # how many hashes stand before it
 COUNTS = struct.Struct("<QQQQQ")    # connections, cumulative, awaiting, executing, completed
+RANGE = struct.Struct("<II")        # from the first to before the second
+UNIT_HEAD = struct.Struct("<IQ")    # how many tasks, and the map that they are of
+RESULTS_HEAD = struct.Struct("<IId")    # the first, how many, seconds that they took; then the outcomes, apart
+KIND_AT = 9                         # of a frame's bytes, the kind
+FRESH, REPLAY = 1, 2                # what comes is meant, though the daemon had been stopped; nobody waits for the answer
+FAILED = 1
+TOGETHER, APART = b"t", b"a"        # several things in one serialization, or each in its own behind their lengths
 
 
 class Message(collections.namedtuple("Message", ("kind", "id", "flags", "payload"))):
@@ -327,9 +492,20 @@ def encode_parts(kind: int, parts: Sequence[bytes], id: int = 0, flags: int = 0)
     return b"".join([HEADER.pack(sum(map(len, parts)), WIRE_VERSION, kind, flags, id), *parts])
 
 
-def encode_task(id: int, parts: Sequence[bytes], needs: Collection[bytes], retries: int) -> bytes:
+def encode_task(kind: int, id: int, parts: Sequence[bytes], needs: Collection[bytes], flags: int) -> bytes:
     """`needs`: hashes of definitions that have to be there before the task. They stand behind what a daemon reads."""
-    return encode_parts(Kind.TASK, [*parts, *needs, NEEDS.pack(len(needs))], id, retries)
+    return encode_parts(kind, [*parts, *needs, NEEDS.pack(len(needs))], id, flags)
+
+
+def join_apart(parts: Sequence[bytes]) -> list[bytes]:
+    """Their lengths, then they themselves."""
+    return [struct.pack(f"<{len(parts)}I", *map(len, parts)), *parts]
+
+
+def split_apart(data: Any, n: int, at: int = 0) -> list[Any]:
+    """What `join_apart()` joined, from `at` on."""
+    ends = list(itertools.accumulate(struct.unpack_from(f"<{n}I", data, at), initial=at + 4 * n))
+    return [data[start:end] for start, end in zip(ends, ends[1:])]
 
 
 def needs_of(task: bytes) -> bytes:
@@ -444,7 +620,7 @@ class Decoder:
 
 
 # ======================================================================
-# 4. Serializer: objects to bytes and back
+# 5. Serializer: objects to bytes and back
 # ======================================================================
 # Knows:  pickle, code objects, modules.
 # Never:  messages, daemons.
@@ -464,6 +640,8 @@ _codes: dict[bytes, tuple[Any, ...]] = {}               # definition or hash -> 
 _received: dict[bytes, bytes] = {}                      # hash -> definition, of those that were sent ahead
 _namespaces: dict[str, dict[str, Any]] = {}             # module -> what its by-value functions share, on a daemon
 _written: dict[str, set[str]] = {}                      # the names in them that the last task came with
+_held: dict[str, set[str]] = {}                         # those that an `everywhere` call has assigned
+_kept: dict[bytes, Any] = {}                            # large constants of maps, loaded once, by hash
 _tracked: dict[bytes, _Record] = {}                     # by token, as long as the class lives
 _records: dict[int, _Record] = {}                       # by id(class), likewise
 _large: weakref.WeakKeyDictionary[Any, dict[int, tuple[bytes, bytes]]] = weakref.WeakKeyDictionary()    # by function
@@ -527,6 +705,7 @@ def hash_of(*parts: bytes) -> bytes:
 def receive_definition(hash: bytes, blob: bytes | None) -> None:
     """None: it will not be needed for a while."""
     _codes.pop(hash, None)
+    _kept.pop(hash, None)
     _received.pop(hash, None)
     if blob is not None:
         _received[hash] = blob
@@ -1004,10 +1183,36 @@ def _namespace(module: str) -> dict[str, Any]:
 
 
 def _write_globals(space: dict[str, Any], read: Mapping[str, Any]) -> None:
-    space.update(read)
     name = space.get("__name__")
     if type(name) is str and _namespaces.get(name) is space:
+        if name in _held:
+            read = {key: value for key, value in read.items() if key not in _held[name]}
         _written.setdefault(name, set()).update(key for key in read if not key.startswith("__"))
+    space.update(read)
+
+
+def copy_namespaces() -> dict[str, dict[str, Any]]:
+    return {module: dict(space) for module, space in _namespaces.items()}
+
+
+def hold_assigned(before: Mapping[str, Mapping[str, Any]]) -> None:
+    """What has been assigned since `before` is not to be overwritten by what tasks come with."""
+    for module, space in _namespaces.items():
+        old = before.get(module, {})
+        names = {name for name, value in space.items() if old.get(name, _EMPTY) is not value and name[:2] != "__"}
+        if names:
+            _held.setdefault(module, set()).update(names)
+
+
+def restore_namespaces(kept: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whatever tasks have assigned is as it was when `copy_namespaces()` gave `kept`."""
+    _written.clear()
+    for module, space in _namespaces.items():
+        old = kept.get(module)
+        if old is None:
+            old = {"__name__": module, "__builtins__": builtins}
+        space.clear()
+        space.update(old)
 
 
 def forget_globals(before: Mapping[str, set[str]]) -> None:
@@ -1772,15 +1977,18 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
 
 
 # ======================================================================
-# 5. Task and outcome: the one place where user code is called
+# 6. Task and outcome: the one place where user code is called
 # ======================================================================
 # Knows:  callables, source text, exceptions.
 # Never:  ids, sockets, who asked.
 
 _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
 VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
-TOGETHER, APART = b"t", b"a"    # how a task begins: its two pickles share objects, or each stands alone, and the length
-APART_HEAD = struct.Struct("<cQ")       # of the first comes before it
+# A task begins with how it is made: TOGETHER, its two pickles share objects, or APART, each stands alone, and the length
+APART_HEAD = struct.Struct("<cQ")       # of the first comes before it. In front of that there may be a random stream:
+SEEDED = b"s"
+SEED_HEAD = struct.Struct("<c6I")
+_NUMBERS = frozenset((type(None), bool, int, float, complex))       # of which many are short
 
 Task = collections.namedtuple("Task", "needs parts")    # definitions by hash, bytes or pieces of them; its own pieces
 
@@ -1811,11 +2019,58 @@ def dump_task(f: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[s
     return _finish(sink, pickler, args, kwargs, "args")
 
 
+Constant = collections.namedtuple("Constant", "task hooks")     # what the items of a map have in common
+
+
 def dump_constant(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
-                  hooks: Hooks | None = None) -> Task:
-    """What the tasks of a map have in common, to be completed by `dump_item()`."""
-    sink, pickler = _begin(APART, f, args, kwargs, path, hooks)
-    return Task(pickler.needs, _apart(sink))
+                  shape: Any = None, hooks: Hooks | None = None) -> Constant:
+    """To be completed by `dump_units()`. `shape`: None for `f(item, …)`, () for `f(*item, …)` or `f(**item, …)`, or the
+    names of what items are made of. Arguments that are large go ahead, and are loaded once by each daemon."""
+    sink, pickler = _begin(APART, f, args, kwargs, path, hooks, shape=shape)
+    parts = _apart(sink)
+    sink = Sink(b"")
+    pickler = Pickler(sink, dict(pickler.needs or {}), hooks and hooks.by_class)
+    needs, pieces = _finish(sink, pickler, args, kwargs, "args")
+    second = b"".join(pieces)
+    if len(second) >= LARGE:
+        hash = hash_of(second)
+        needs[hash] = second
+        second = dumps(hash)
+    return Constant(Task(needs, [*parts, APART_HEAD.pack(APART, len(second)) + second]), hooks)
+
+
+def dump_units(constant: Constant, map: int, items: list[Any], name: Callable[[int], str],
+               streams: Stream[int, ...] | None) -> Iterator[tuple[int, Task]]:
+    """Items of the map `map`, UNIT_ITEMS of them at most, as units: how many are in each, and what is sent. `name`: how
+    the user would write the i-th. `streams`: the first one's. TypeError where one can't be serialized."""
+    kinds = {type(item) for item in items}
+    small = kinds <= _NUMBERS or kinds <= _ATOMS and sum(
+        [len(item) for item in items if type(item) is str or type(item) is bytes]) <= UNIT_BYTES
+    if small and len(items) > 1:
+        yield len(items), _unit(constant, map, len(items), streams, TOGETHER, [dump_atoms(items)], {})
+        return
+    parts: list[bytes] = []
+    size = 0
+    needs: dict[bytes, Any] = {}
+    for i, item in enumerate(items):
+        sink = Sink()
+        pickler = Pickler(sink, needs, constant.hooks and constant.hooks.by_class)
+        try:
+            pickler.dump(item)
+        except Exception as error:
+            raise _explain(error, pickler.hooks, {name(i): item}) from error
+        parts.append(b"".join(sink.parts))
+        size += len(parts[-1])
+        if i == len(items) - 1 or size >= UNIT_BYTES:
+            yield len(parts), _unit(constant, map, len(parts), streams, APART, join_apart(parts), needs)
+            streams = streams and advance_stream(streams, len(parts))
+            parts, needs, size = [], {}, 0
+
+
+def _unit(constant: Constant, map: int, n: int, streams: Stream[int, ...] | None, how: bytes, body: list[bytes],
+          needs: Mapping[bytes, Any]) -> Task:
+    seed = [] if streams is None else [SEED_HEAD.pack(SEEDED, *streams)]
+    return Task({**constant.task.needs, **needs}, [UNIT_HEAD.pack(n, map), *seed, *constant.task.parts, how, *body])
 
 
 def _apart(sink: Sink) -> list[bytes]:
@@ -1823,16 +2078,10 @@ def _apart(sink: Sink) -> list[bytes]:
     return [APART_HEAD.pack(APART, len(first)) + first]
 
 
-def dump_item(constant: Task, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: Hooks | None = None,
-              name: str = "args") -> Task:
-    """Completes a task. `name`: of the arguments, for what is said where they can't be serialized."""
-    sink = Sink(*constant.parts)
-    return _finish(sink, Pickler(sink, dict(constant.needs), hooks and hooks.by_class), args, kwargs, name)
-
-
 def _begin(how: bytes, f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
-           hooks: Hooks | None, watched: bool = False) -> tuple[Sink, Pickler]:
-    """The first pickle of a task; in its place its hash, where it is large: it goes ahead as a definition."""
+           hooks: Hooks | None, watched: bool = False, shape: Any = _EMPTY) -> tuple[Sink, Pickler]:
+    """The first pickle of a task; in its place its hash, where it is large: it goes ahead as a definition. With a
+    `shape`, of the items of a map, whose arguments stand apart."""
     sink = Sink(how)
     needs: dict[bytes, Any] = {}
     pickler = Pickler(sink, needs, hooks and hooks.by_class)
@@ -1840,7 +2089,8 @@ def _begin(how: bytes, f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], pa
     if hooks is not None:
         needs[hooks.hash] = hooks.blob
     try:
-        pickler.dump((f, args, kwargs, path, hooks and hooks.hash))
+        content = (f, args, kwargs, path, hooks and hooks.hash)
+        pickler.dump(content if shape is _EMPTY else (f, path, hooks and hooks.hash, shape))
     except Exception as error:
         raise _explain(error, pickler.hooks, {"f": f, "args": args, "kwargs": kwargs}) from error
     pieces = sink.parts[1:]
@@ -1952,18 +2202,131 @@ def _load_parts(payload: bytes) -> tuple[Any, Any]:
     return content, unpickler.load()
 
 
+def seeded(task: Task, stream: Stream[int, ...] | None) -> Task:
+    """The task with the stream that the random generators are to have when it begins."""
+    if stream is None:
+        return task
+    return Task(task.needs, [SEED_HEAD.pack(SEEDED, *stream), *task.parts])
+
+
+def _load_call(payload: bytes) -> tuple[Any, Any, Any, Mapping[type, Any] | None]:
+    """f, args, kwargs, hooks of a task; the generators are seeded and the path is set for it."""
+    if payload.startswith(SEEDED):
+        GENERATORS.seed(SEED_HEAD.unpack_from(payload)[1:])
+        payload = payload[SEED_HEAD.size:]
+    f, args, kwargs, path, hash = _load_task(payload)
+    if path is not None:
+        sys.path[:] = path
+    return f, args, kwargs, received_hooks(hash)
+
+
 def evaluate(payload: bytes) -> bytes:
     """Runs a task and gives its outcome. Everything that user code can raise, `_Interrupted` and SystemExit
     included, is an outcome; an interrupt may still come out of here while the outcome is being made."""
     try:
-        f, args, kwargs, path, hash = _load_task(payload)
-        hooks = received_hooks(hash)
-        if path is not None:
-            sys.path[:] = path
+        f, args, kwargs, hooks = _load_call(payload)
         value = _run_source(f, kwargs) if isinstance(f, str) else f(*args, **kwargs)
     except BaseException as error:
         return dump_failure(error)
     return _dump_value(value, hooks)
+
+
+def evaluate_everywhere(payload: bytes) -> bytes:
+    """The same, in the namespace itself where it is source text; what is assigned there stays for later tasks."""
+    before = copy_namespaces()
+    try:
+        f, args, kwargs, hooks = _load_call(payload)
+        before = copy_namespaces()
+        value = _run_source(f, kwargs, _namespace("__main__")) if isinstance(f, str) else f(*args, **kwargs)
+    except BaseException as error:
+        return dump_failure(error)
+    finally:
+        hold_assigned(before)
+    return _dump_value(value, hooks)
+
+
+class Items:
+    """Items of a map on a daemon, as `dump_units()` made them: `begin()` a piece of them, then evaluate one by one."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.n = UNIT_HEAD.unpack_from(payload)[0]
+        view, at = memoryview(payload), UNIT_HEAD.size
+        self.first: Stream[int, ...] | None = None
+        if payload.startswith(SEEDED, at):
+            self.first = SEED_HEAD.unpack_from(view, at)[1:]
+            at += SEED_HEAD.size
+        self.seeded = 0, self.first         # an index, and its stream
+        self.constant = []
+        for _ in range(2):
+            start = at + APART_HEAD.size
+            at = start + APART_HEAD.unpack_from(view, at)[1]
+            self.constant.append(view[start:at])
+        self.together = payload.startswith(TOGETHER, at)
+        self.items: Any = view[at + 1:] if self.together else split_apart(view, self.n, at + 1)
+        self.failure: bytes | None = None
+
+    def begin(self) -> None:
+        """Loads what the items have in common; where that fails it is every item's outcome."""
+        self.failure = None
+        try:
+            if isinstance(self.items, memoryview):
+                self.items = loads(self.items)
+            self.f, path, hash, self.shape = _load_function(self.constant[0])
+            self.args, self.kwargs = _load_arguments(self.constant[1])
+            self.hooks = received_hooks(hash)
+            if path is not None:
+                sys.path[:] = path
+        except BaseException as error:
+            self.failure = dump_failure(error)
+
+    def evaluate(self, index: int) -> bytes:
+        """The outcome of an item; as `evaluate()`."""
+        if self.failure is not None:
+            return self.failure
+        try:
+            if self.first is not None:
+                at, stream = self.seeded if self.seeded[0] <= index else (0, self.first)
+                self.seeded = index, advance_stream(stream, index - at)
+                GENERATORS.seed(self.seeded[1])
+            item = self.items[index]
+            value = self._call(item if self.together else loads(item))
+        except BaseException as error:
+            return dump_failure(error)
+        return _dump_value(value, self.hooks)
+
+    def _call(self, item: Any) -> Any:
+        if self.shape is None:
+            return self.f(item, *self.args, **self.kwargs)
+        if self.shape:
+            return self.f(*self.args, **dict(zip(self.shape, item)), **self.kwargs)
+        if isinstance(item, collections.abc.Mapping):
+            return self.f(*self.args, **item, **self.kwargs)
+        return self.f(*item, *self.args, **self.kwargs)
+
+
+def _load_function(data: memoryview) -> Any:
+    content = _loaded_alone(data)
+    return _loaded_alone(_definition(content)) if type(content) is bytes else content
+
+
+def _loaded_alone(data: Any) -> Any:
+    """What an earlier task has written into namespaces, and this one does not, is forgotten."""
+    before = _written.copy() if _written else None
+    _written.clear()
+    try:
+        return loads(data)
+    finally:
+        if before:
+            forget_globals(before)
+
+
+def _load_arguments(data: memoryview) -> Any:
+    content = loads(data)
+    if type(content) is not bytes:
+        return content
+    if content not in _kept:
+        _kept[content] = loads(_definition(content))
+    return _kept[content]
 
 
 def _dump_value(value: Any, hooks: Mapping[type, Any] | None) -> bytes:
@@ -1997,9 +2360,10 @@ def _compile_source(source: str) -> tuple[types.CodeType, types.CodeType | None]
     return compiled
 
 
-def _run_source(source: str, names: dict[str, Any]) -> Any:
+def _run_source(source: str, names: dict[str, Any], scope: dict[str, Any] | None = None) -> Any:
+    """In a copy of the namespace, unless it is given one."""
     statements, last = _compile_source(source)
-    scope = dict(_namespace("__main__"))
+    scope = dict(_namespace("__main__")) if scope is None else scope
     scope.update(names)
     exec(statements, scope)
     return None if last is None else eval(last, scope)
@@ -2081,24 +2445,33 @@ def _load_failure(message: str, classes: list[str], trace: str, attributes: dict
 
 
 # ======================================================================
-# 6. Dispatcher core: events in, effects out
+# 7. Dispatcher core: events in, effects out
 # ======================================================================
-# Knows:  task ids, daemon ids, slots of local daemons, states.       R: nanonext src/dispatcher.c
+# Knows:  units of tasks, daemon ids, slots of local daemons, states.       R: nanonext src/dispatcher.c
 # Never:  payloads, sockets, the clock.       Thread: any, one at a time.
 #
-# Rule 1. A task goes awaiting -> executing -> completed, and each ends in one Resolve, or was cancelled by the
-#         host, which has resolved it already.
+# Rule 1. Tasks come in units: one, or consecutive items of a map. Each goes awaiting -> executing -> completed, and
+#         ends in one Resolve, or was cancelled by the host, which has resolved it already.
 # Rule 2. Strict FIFO: the oldest awaiting task goes to the next idle daemon; no daemon idles beside a queue.
 #         A task put back (its daemon ended before it began, or it has retries left) goes to the head.
-# Rule 3. A daemon has one task at a time, and stays busy until it answers, cancelled or not.
+#         `direct`: each daemon has a queue of its own instead, and they take turns.
+# Rule 3. A daemon is given one task, or pieces of units for some CHUNK_TIME, and stays busy until it has answered
+#         them, cancelled or not. What it has not begun can be taken back: items are counted (positions), it is told
+#         from which on to begin none (Revoke), and it is idle once it has said that it stopped there.
 # Rule 4. A slot is a local daemon that should be: off -> launching -> ready -> (ended) launching, or resting.
 #         A resting slot is launched when tasks wait that no coming daemon will take.
 # Rule 5. MAX_FAILED_STARTS launches that end before they are ready (or before they begin the first task they are
 #         given), no local daemon having answered in between, stop the launching until it is asked for anew.
+# Rule 6. `everywhere` calls are counted (epochs): before a daemon begins a task it has run the calls made before that
+#         task was submitted. Those there at the call, and the first to join up to its minimum, answer it; others replay.
 
-Assign = collections.namedtuple("Assign", "daemon task")        # send the task there
-Interrupt = collections.namedtuple("Interrupt", "daemon task")  # tell the daemon to drop what it runs, if it is that
-Resolve = collections.namedtuple("Resolve", "task how")         # how: RESULT (the daemon's), RESET, LAUNCH
+Assign = collections.namedtuple("Assign", "daemon unit lo hi fresh")    # send these there; fresh: it had stopped
+Replay = collections.namedtuple("Replay", "daemon unit fresh")          # have it run an `everywhere` call as others did
+Interrupt = collections.namedtuple("Interrupt", "daemon unit lo hi")    # have it drop what it runs or has of these
+Revoke = collections.namedtuple("Revoke", "daemon")             # take back half of what it has not begun
+Look = collections.namedtuple("Look", "")                       # call `look()` in STEAL_AFTER seconds
+Resolve = collections.namedtuple("Resolve", "unit lo hi how")   # how: RESULT (the daemon's), RESET, LAUNCH
+Sized = collections.namedtuple("Sized", "unit n")               # tell the host how many answers there will be
 Launch = collections.namedtuple("Launch", "slot")               # start a local daemon
 StopLaunching = collections.namedtuple("StopLaunching", "")     # tell the host that it was given up
 Drop = collections.namedtuple("Drop", "daemon why")             # end a connection whose peer is at fault
@@ -2111,45 +2484,129 @@ DIED, IDLETIME, WALLTIME, MAXTASKS = 0, 1, 2, 3     # why a daemon ended; also `
 IGNORE = "ignore"       # a late event: allowed, without effect
 FAULT = "fault"         # the daemon is wrong, and is dropped
 
-# A daemon's state and what it said -> its next state. A leaving daemon still owes the result of its last task.
+# A daemon's state and what it said -> its next state. A leaving daemon still owes the results of what it has begun.
 DAEMON_TABLE = {
-    (IDLE, "finished"): FAULT,
-    (BUSY, "finished"): IDLE,
-    (LEAVING, "finished"): LEAVING,
+    (IDLE, "reported"): FAULT,
+    (BUSY, "reported"): BUSY,
+    (LEAVING, "reported"): LEAVING,
     (IDLE, "leaving"): LEAVING,
     (BUSY, "leaving"): LEAVING,
     (LEAVING, "leaving"): IGNORE,
 }
 
 
+class _Pace:
+    """What is known of the items of one map: seconds each, and how many to give at once."""
+
+    __slots__ = ("seconds", "size")
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self.size = 1
+
+    def measured(self, items: int, seconds: float) -> None:
+        self.seconds = max(seconds / items, 1e-9)
+        self.size = max(1, min(int(CHUNK_TIME / self.seconds), 8 * self.size, UNIT_ITEMS))
+
+
+class _Unit:
+    """Tasks that came as one, by their index: `done` where there are several, and `left` those that are not."""
+
+    __slots__ = ("id", "n", "left", "done", "epoch", "pace", "call", "holders")
+
+    def __init__(self, id: int, n: int, epoch: int, pace: _Pace | None = None, call: _Call | None = None) -> None:
+        self.id, self.n, self.left, self.epoch, self.pace, self.call = id, n, n, epoch, pace, call
+        self.done = None if n == 1 else bytearray(n)
+        self.holders: dict[int, None] = {}      # daemons that were given some
+
+    def count(self, lo: int, hi: int) -> int:
+        """How many of these are not completed."""
+        return self.left if self.done is None else self.done.count(0, lo, hi)
+
+    def complete(self, lo: int, hi: int) -> int:
+        """How many of these were not completed, and are now."""
+        new = self.count(lo, hi)
+        if self.done is not None:
+            self.done[lo:hi] = b"\1" * (hi - lo)
+        self.left -= new
+        return new
+
+
+class _Call:
+    """An `everywhere` call: who still owes an answer, how many answers are open to newcomers, how many were begun."""
+
+    __slots__ = ("unit", "waiting", "open", "begun", "worked")
+
+    def __init__(self, waiting: Iterable[int], open: int) -> None:
+        self.waiting = dict.fromkeys(waiting)
+        self.open, self.begun, self.worked = open, 0, False
+
+    def take(self, daemon: int) -> int | None:
+        """The index of the answer that this daemon gives, None where it only replays."""
+        if daemon in self.waiting:
+            del self.waiting[daemon]
+        elif self.open:
+            self.open -= 1
+        else:
+            return None
+        self.begun += 1
+        return self.begun - 1
+
+
+class _Piece:
+    """Tasks of a unit from `lo` to before `hi`, awaiting or given to a daemon."""
+
+    __slots__ = ("unit", "lo", "hi", "retries")
+
+    def __init__(self, unit: _Unit, lo: int, hi: int, retries: int) -> None:
+        self.unit, self.lo, self.hi, self.retries = unit, lo, hi, retries
+
+
 class _DaemonRecord:
     """What the core knows of a connected daemon."""
 
-    __slots__ = ("state", "task", "retries", "cancelled", "slot", "why", "proven")
+    __slots__ = ("state", "pieces", "own", "position", "sent", "revoking", "stopping", "fresh", "epoch", "replaying",
+                 "slot", "why", "proven")
 
     def __init__(self, slot: int | None) -> None:
         self.state = IDLE
-        self.task: int | None = None    # until it answers
-        self.retries = 0                # of that task
-        self.cancelled = False          # that task: its outcome is of no interest
+        self.pieces: deque[_Piece] = deque()    # what it was given and has not answered
+        self.own: deque[_Piece] = deque()       # its queue, in direct mode
+        self.position = 1               # of the first that it has not answered; both sides count
+        self.sent = 1                   # the position after the last that it was given
+        self.revoking = False           # a Revoke is under way
+        self.stopping = False           # something was taken back: it will say that it has stopped
+        self.fresh = False              # it has, and is to be told that what comes is meant
+        self.epoch = 0                  # `everywhere` calls it has run
+        self.replaying = False
         self.slot = slot
         self.why = DIED                 # unless it says another reason first
         self.proven = False             # it has answered a task
+
+    def given(self) -> int:
+        return sum([piece.hi - piece.lo for piece in self.pieces])
 
 
 class DispatcherCore:
     """The scheduler: each method is an event and returns the effects to carry out, in order.
 
     `elastic`: slots rest until tasks wait, and rest again after each daemon: one process per task.
+    `direct`: rule 2. `fixed`: how many items to give at once, for those who measure what is best.
     """
 
-    def __init__(self, elastic: bool = False) -> None:
-        self.elastic = elastic
-        self.awaiting: dict[int, int] = {}          # task -> retries left
-        self.queue: deque[int] = deque()            # their order; may hold ids that were cancelled since
-        self.executing: dict[int, int] = {}         # task -> daemon, as long as somebody wants the outcome
+    def __init__(self, elastic: bool = False, direct: bool = False, fixed: int | None = None) -> None:
+        self.elastic, self.direct, self.fixed = elastic, direct, fixed
+        self.units: dict[int, _Unit] = {}           # by the id of its first task; as long as somebody wants an outcome
+        self.paces: dict[int, _Pace] = {}           # by map; of the last ones
+        self.queue: deque[_Piece] = deque()         # may hold some that were cancelled since
+        self.queued = 0                             # tasks in queues that were not
+        self.unresolved = 0
+        self.calls: list[_Call] = []
         self.daemons: dict[int, _DaemonRecord] = {}
         self.idle: dict[int, None] = {}             # the last to come is the next to be used: its caches are warm
+        self.ring: deque[int] = deque()             # in direct mode: whose turn it is
+        self.holders: dict[int, None] = {}          # daemons that have several tasks
+        self.looking = False
         self.slots: dict[int, str] = {}
         self.resting: deque[int] = deque()
         self.launching = 0
@@ -2160,81 +2617,258 @@ class DispatcherCore:
 
     # -- tasks
 
-    def submitted(self, task: int, retries: int = 0) -> list[Any]:
-        if task in self.awaiting or task in self.executing:
-            raise ProtocolError(f"task {task} was submitted twice")
-        self.awaiting[task] = retries
-        self.queue.append(task)
-        return self._next()
+    def submitted(self, id: int, retries: int = 0, n: int = 1, map: int | None = None) -> list[Any]:
+        """`n` tasks as one unit; `map`: whose items they are."""
+        if id in self.units:
+            raise ProtocolError(f"task {id} was submitted twice")
+        pace = None if map is None else self.paces.get(map)
+        if map is not None and pace is None:
+            pace = self.paces[map] = _Pace()
+            if len(self.paces) > KEPT_PACES:
+                del self.paces[next(iter(self.paces))]
+        unit = self.units[id] = _Unit(id, n, len(self.calls), pace)
+        self.unresolved += n
+        return self._enqueue([_Piece(unit, 0, n, retries)])
 
-    def cancelled(self, task: int) -> list[Any]:
-        """The host has resolved it; a task that is unknown here has finished meanwhile."""
-        if self.awaiting.pop(task, None) is not None:
-            self.completed += 1
+    def cancelled(self, id: int, lo: int, hi: int) -> list[Any]:
+        """The host has resolved these; what is unknown here has finished meanwhile."""
+        unit = self.units.get(id)
+        if unit is None:
             return []
-        daemon = self.executing.pop(task, None)
-        if daemon is None:
-            return []
-        self.completed += 1
-        self.daemons[daemon].cancelled = True
-        return [Interrupt(daemon, task)]
+        effects: list[Any] = []
+        held = 0
+        for daemon in unit.holders:
+            record = self.daemons.get(daemon)
+            for piece in record.pieces if record is not None else ():
+                a, b = max(lo, piece.lo), min(hi, piece.hi)
+                if piece.unit is unit and a < b:
+                    held += unit.count(a, b)
+                    effects.append(Interrupt(daemon, id, a, b))
+        new = unit.complete(lo, hi)
+        if unit.call is None:
+            self.queued -= new - held
+        self._complete(unit, new)
+        return effects
 
-    def finished(self, daemon: int, task: int) -> list[Any]:
-        """The daemon's answer has come, which the shell holds: Resolve says whether to pass it on."""
+    def reported(self, daemon: int, id: int, lo: int, n: int = 1, seconds: float = 0.0,
+                 failed: bool = False) -> list[Any]:
+        """The daemon has answered its next n tasks; the shell holds what it said, and Resolve says to pass it on."""
         record = self.daemons[daemon]
-        state = DAEMON_TABLE[record.state, "finished"]
-        if state is FAULT or task != record.task:
-            return [Drop(daemon, f"it answered task {task} while {record.state} with {record.task}")]
-        effects = []
-        if self.executing.pop(task, None) is not None:
-            self.completed += 1
-            effects.append(Resolve(task, RESULT))
-        record.state, record.task, record.cancelled, record.proven = state, None, False, True
-        if record.slot is not None:
+        piece = record.pieces[0] if record.pieces else None
+        if DAEMON_TABLE[record.state, "reported"] is FAULT or piece is None or (
+                piece.unit.id != id or piece.lo != lo or not 0 < n <= piece.hi - lo):
+            return [Drop(daemon, f"it answered {n} of task {id} from {lo} on while {record.state}")]
+        unit = piece.unit
+        piece.lo += n
+        record.position += n
+        if piece.lo == piece.hi:
+            record.pieces.popleft()
+        if record.slot is not None and not record.replaying:
             self.failures = 0
-        if state is IDLE:
-            self.idle[daemon] = None
+        effects: list[Any] = []
+        new = unit.complete(lo, lo + n)
+        if record.replaying:
+            record.replaying = False
+        elif new:
+            self._complete(unit, new)
+            effects.append(Resolve(id, lo, lo + n, RESULT))
+        record.proven = True
+        if unit.call is not None:
+            unit.call.worked = unit.call.worked or not failed
+        elif unit.pace is not None and seconds:
+            unit.pace.measured(n, seconds)
+        return effects + self._go_on(daemon, record)
+
+    def _complete(self, unit: _Unit, n: int) -> None:
+        self.unresolved -= n
+        self.completed += n
+        if not unit.left:
+            self.units.pop(unit.id, None)
+
+    # -- taking back
+
+    def returned(self, daemon: int, position: int) -> list[Any]:
+        """It begins nothing from this position on."""
+        record = self.daemons.get(daemon)
+        if record is None:
+            return []
+        record.revoking = False
+        back = self._take_back(record, position)
+        record.stopping = record.stopping or bool(back)
+        return self._requeue(record, back) + self._next()
+
+    def has_stopped(self, daemon: int, position: int) -> list[Any]:
+        """It has not begun what it was given from this position on, and does not know of it any more."""
+        record = self.daemons[daemon]
+        effects = self._requeue(record, self._take_back(record, position))
+        if record.pieces:
+            return [*effects, Drop(daemon, f"it stopped at {position}, and owes what comes before")]
+        record.revoking = record.stopping = False
+        record.fresh = True
+        return effects + self._go_on(daemon, record)
+
+    def _take_back(self, record: _DaemonRecord, position: int) -> list[_Piece]:
+        back: list[_Piece] = []
+        excess = record.position + record.given() - position
+        while excess > 0 and record.pieces:
+            piece = record.pieces.pop()
+            kept = max(0, piece.hi - piece.lo - excess)
+            excess -= piece.hi - piece.lo - kept
+            if kept:
+                record.pieces.append(_Piece(piece.unit, piece.lo, piece.lo + kept, piece.retries))
+                piece.lo += kept
+            back.insert(0, piece)
+        return back
+
+    def _requeue(self, record: _DaemonRecord | None, back: list[_Piece]) -> list[Any]:
+        """At the head of the queue they came from, or to those whose turn it is."""
+        if self.direct and record is None:
+            return self._enqueue(back)
+        queue = record.own if record is not None and self.direct else self.queue
+        queue.extendleft(reversed(back))
+        self.queued += sum([piece.unit.count(piece.lo, piece.hi) for piece in back])
+        return []
+
+    def held(self, daemon: int, id: int, lo: int, hi: int) -> tuple[int, int] | None:
+        """Between which positions are those of these tasks that a daemon was given and has not answered."""
+        record = self.daemons[daemon]
+        at = record.position
+        for piece in record.pieces:
+            first, last = max(lo, piece.lo), min(hi, piece.hi) - 1
+            if piece.unit.id == id and first <= last:
+                return at + first - piece.lo, at + last - piece.lo
+            at += piece.hi - piece.lo
+        return None
+
+    def task_at(self, daemon: int, position: int) -> tuple[int, int] | None:
+        """Unit and index of what a daemon was given and has not answered."""
+        record = self.daemons[daemon]
+        at = position - record.position
+        for piece in record.pieces if at >= 0 else ():
+            if at < piece.hi - piece.lo:
+                return piece.unit.id, piece.lo + at
+            at -= piece.hi - piece.lo
+        return None
+
+    # -- everywhere
+
+    def everywhere(self, id: int, least: int = 1) -> list[Any]:
+        """A call for all daemons that are there, and at least so many."""
+        there = [daemon for daemon, record in self.daemons.items() if record.state is not LEAVING]
+        n = max(1, least, len(there))
+        call = _Call(there, n - len(there))
+        call.unit = self.units[id] = _Unit(id, n, len(self.calls), None, call)
+        self.calls.append(call)
+        self.unresolved += n
+        self.queued += call.open
+        effects: list[Any] = [Sized(id, n)]
+        for daemon in list(self.idle):
+            effects += self._feed(daemon, self.daemons[daemon])
         return effects + self._next()
+
+    def _run_calls(self, daemon: int, record: _DaemonRecord) -> list[Any]:
+        """The next call that this daemon has not run."""
+        while record.epoch < len(self.calls):
+            call = self.calls[record.epoch]
+            record.epoch += 1
+            newcomer = daemon not in call.waiting
+            index = call.take(daemon)
+            unit = call.unit
+            if index is not None:
+                self.queued -= newcomer
+                if unit.count(index, index + 1):
+                    return self._give(daemon, record, _Piece(unit, index, index + 1, 0))
+            elif call.worked or unit.left:
+                record.replaying = True
+                replay = _Unit(unit.id, 1, 0, None, call)
+                given = self._give(daemon, record, _Piece(replay, 0, 1, 0))
+                return [Replay(daemon, unit.id, given[0].fresh)]
+        return []
+
+    def _leave_calls(self, daemon: int, record: _DaemonRecord, comes_again: bool) -> list[Any]:
+        """It has ended without having run these: its answer is open to its successor, or there will be none."""
+        effects = []
+        for call in self.calls[record.epoch:]:
+            if daemon not in call.waiting:
+                continue
+            if comes_again:
+                del call.waiting[daemon]
+                call.open += 1
+                self.queued += 1
+            else:
+                effects += self._reset(call.unit, call.take(daemon) or 0)
+        return effects
+
+    def _reset(self, unit: _Unit, index: int, how: str = RESET) -> list[Any]:
+        new = unit.complete(index, index + 1)
+        self._complete(unit, new)
+        return [Resolve(unit.id, index, index + 1, how)] if new else []
 
     # -- daemons
 
     def joined(self, daemon: int, slot: int | None = None) -> list[Any]:
         """A daemon is there and ready; `slot`: the launch it came from, None where it was started elsewhere."""
-        self.daemons[daemon] = _DaemonRecord(slot)
+        record = self.daemons[daemon] = _DaemonRecord(slot)
         self.cumulative += 1
         if slot is not None:
             self._mark(slot, READY)
-        self.idle[daemon] = None
-        return self._next()
+        effects: list[Any] = []
+        if self.direct:
+            self.ring.append(daemon)
+            waiting = list(self.queue)
+            self.queue.clear()
+            self.queued -= sum([piece.unit.count(piece.lo, piece.hi) for piece in waiting])
+            effects = self._enqueue(waiting)
+        return effects + self._go_on(daemon, record)
 
     def leaving(self, daemon: int, why: int) -> list[Any]:
-        """It ends by its own limits, after the task it has begun, if any."""
+        """It ends by its own limits, after what it has begun, if anything."""
         record = self.daemons[daemon]
         if DAEMON_TABLE[record.state, "leaving"] is not IGNORE:
             record.state, record.why = LEAVING, why
             self.idle.pop(daemon, None)
         return []
 
-    def lost(self, daemon: int, begun: bool) -> list[Any]:
-        """Its connection has ended. `begun`: whether it may have run any of the task it had."""
+    def lost(self, daemon: int, begun: int) -> list[Any]:
+        """Its connection has ended. `begun`: the last position that it may have begun."""
         record = self.daemons.pop(daemon)
         self.idle.pop(daemon, None)
-        effects: list[Any] = []
-        task = record.task
-        if task is not None and not record.cancelled:
-            del self.executing[task]
-            if begun and not record.retries:
-                self.completed += 1
-                effects.append(Resolve(task, RESET))
-            else:
-                self.awaiting[task] = record.retries - begun
-                self.queue.appendleft(task)
+        self.holders.pop(daemon, None)
+        if self.direct:
+            self.ring.remove(daemon)
+        had_begun = begun >= record.position
+        useless = record.why is DIED and (record.replaying or (
+            bool(record.pieces) and not had_begun and not record.proven))      # ready in name only
+        rests = self.elastic or record.why in (IDLETIME, WALLTIME)
+        effects = self._lose_tasks(record, begun)
+        effects += self._leave_calls(daemon, record, record.slot is not None and not rests)
         if record.slot is None:
             return effects + self._next()
-        if task is not None and not begun and not record.proven and record.why is DIED:
-            return effects + self.launch_failed(record.slot)    # ready in name only: else it would go on for ever
-        rests = self.elastic or record.why in (IDLETIME, WALLTIME)
+        if useless:
+            return effects + self.launch_failed(record.slot)    # else it would go on for ever
         return effects + (self._rest(record.slot) if rests else self._launch(record.slot)) + self._next()
+
+    def _lose_tasks(self, record: _DaemonRecord, begun: int) -> list[Any]:
+        """What it may have begun is reset, or tried again; the rest, and its own queue, goes back."""
+        effects: list[Any] = []
+        back: list[_Piece] = []
+        at = record.position
+        for piece in record.pieces if not record.replaying else ():
+            begun_to = min(piece.hi, piece.lo + max(0, begun + 1 - at))
+            at += piece.hi - piece.lo
+            for index in range(piece.lo, begun_to):
+                if piece.retries and piece.unit.count(index, index + 1):
+                    back.append(_Piece(piece.unit, index, index + 1, piece.retries - 1))
+                else:
+                    effects += self._reset(piece.unit, index)
+            if begun_to < piece.hi and piece.unit.call is None:
+                back.append(_Piece(piece.unit, begun_to, piece.hi, piece.retries))
+            elif begun_to < piece.hi:
+                effects += self._reset(piece.unit, piece.lo)
+        record.pieces.clear()
+        own = list(record.own)
+        self.queued -= sum([piece.unit.count(piece.lo, piece.hi) for piece in own])
+        return effects + self._requeue(None, back + own)
 
     # -- slots
 
@@ -2272,43 +2906,182 @@ class DispatcherCore:
 
     # -- scheduling
 
+    def _enqueue(self, pieces: list[_Piece]) -> list[Any]:
+        """At the end of the queue; in direct mode to daemons in turn, a share of a unit to each."""
+        self.queued += sum([piece.unit.count(piece.lo, piece.hi) for piece in pieces])
+        if not self.direct or not self.ring:
+            self.queue.extend(pieces)
+            return self._next()
+        effects: list[Any] = []
+        for piece in pieces:
+            share = -(-(piece.hi - piece.lo) // len(self.ring))
+            for lo in range(piece.lo, piece.hi, share):
+                daemon = self.ring[0]
+                self.ring.rotate(-1)
+                record = self.daemons[daemon]
+                record.own.append(_Piece(piece.unit, lo, min(lo + share, piece.hi), piece.retries))
+                if daemon in self.idle:
+                    effects += self._feed(daemon, record)
+        return effects
+
     def _next(self) -> list[Any]:
         """Restores rules 2 and 4."""
         effects: list[Any] = []
-        while self.awaiting and self.idle:
-            task = self.queue.popleft()
-            retries = self.awaiting.pop(task, None)
-            if retries is None:
-                continue
-            daemon, _ = self.idle.popitem()
+        while self.idle and _head(self.queue) is not None:
+            daemon = next(reversed(self.idle))
+            effects += self._feed(daemon, self.daemons[daemon])
+        if self.idle and self.holders and not self.direct:
+            effects += self._steal()
+        if self.queued <= 0:
+            return effects
+        if self.stopped and not self.daemons and not self.launching:
+            return effects + self._fail_awaiting()
+        while not self.stopped and self.resting and self.queued > self.launching:
+            effects += self._launch(self.resting.popleft())
+        return effects
+
+    def _go_on(self, daemon: int, record: _DaemonRecord) -> list[Any]:
+        """It has answered something, or is new."""
+        if len(record.pieces) < 2 and record.given() < 2:
+            self.holders.pop(daemon, None)
+        if record.state is LEAVING:
+            return self._next()
+        if record.pieces or record.stopping:
+            return self._prefetch(daemon, record)
+        record.state = IDLE
+        self.idle[daemon] = None
+        effects = self._feed(daemon, record)
+        return effects + (self._prefetch(daemon, record) if effects else self._next())
+
+    def _feed(self, daemon: int, record: _DaemonRecord) -> list[Any]:
+        """Something for an idle daemon, if there is something."""
+        queue = record.own if self.direct else self.queue
+        head = _head(queue)
+        if record.epoch < len(self.calls) and (head is None or head.unit.epoch > record.epoch):
+            effects = self._run_calls(daemon, record)
+            if effects:
+                return effects
+        return [] if head is None else self._give(daemon, record, self._grant(queue, head))
+
+    def _prefetch(self, daemon: int, record: _DaemonRecord) -> list[Any]:
+        """One piece ahead, where items are short, so that the daemon need not wait for the next."""
+        queue = record.own if self.direct else self.queue
+        if len(record.pieces) != 1 or record.stopping or record.revoking or self.idle and not self.direct:
+            return []
+        head = _head(queue)
+        pace = head.unit.pace if head is not None else None
+        if head is None or pace is None or record.pieces[0].unit.pace is None or head.unit.epoch > record.epoch or (
+                pace.seconds is None or pace.seconds > CHUNK_TIME):
+            return []
+        return self._give(daemon, record, self._grant(queue, head))
+
+    def _grant(self, queue: deque[_Piece], head: _Piece) -> _Piece:
+        """So much of the head of a queue as a daemon is to have: of the last piece, not what others could do now."""
+        unit = head.unit
+        if unit.pace is None:
+            return queue.popleft()
+        size = self.fixed or unit.pace.size
+        if len(queue) == 1 and not self.direct and not self.fixed:
+            size = min(size, -(-(head.hi - head.lo) // max(1, len(self.idle))))
+        hi = min(head.hi, head.lo + size)
+        cancelled = -1 if unit.done is None else unit.done.find(1, head.lo, hi)
+        if cancelled >= 0:
+            hi = cancelled
+        if hi == head.hi:
+            return queue.popleft()
+        piece = _Piece(unit, head.lo, hi, head.retries)
+        head.lo = hi
+        return piece
+
+    def _give(self, daemon: int, record: _DaemonRecord, piece: _Piece) -> list[Any]:
+        self.idle.pop(daemon, None)
+        unit, n = piece.unit, piece.hi - piece.lo
+        if not record.pieces:
+            record.position = record.sent       # past what was taken back
+        record.state = BUSY
+        record.pieces.append(piece)
+        record.sent += n
+        unit.holders[daemon] = None
+        if unit.call is None:
+            self.queued -= n
+        if n > 1 or len(record.pieces) > 1:
+            self.holders[daemon] = None
+        fresh, record.fresh = record.fresh, False
+        return [Assign(daemon, unit.id, piece.lo, piece.hi, fresh)]
+
+    def look(self) -> list[Any]:
+        """Some time after `Look`: who still has much left is slower than was thought."""
+        self.looking = False
+        return self._steal(True) if self.idle and not self.direct else []
+
+    def _steal(self, slow: bool = False) -> list[Any]:
+        """For daemons that idle, half of what others have not begun; not what these will have done in no time."""
+        effects: list[Any] = []
+        later = False
+        revoking = 0
+        for daemon in self.holders:
             record = self.daemons[daemon]
-            record.state, record.task, record.retries = BUSY, task, retries
-            self.executing[task] = daemon
-            effects.append(Assign(daemon, task))
-        if not self.awaiting:
-            self.queue.clear()
-        elif self.stopped and not self.daemons and not self.launching:
-            effects += self._fail_awaiting()
-        elif not self.stopped:
-            while self.resting and len(self.awaiting) > self.launching:
-                effects += self._launch(self.resting.popleft())
+            left = record.given() - 1
+            if record.revoking:
+                revoking += 1
+            if record.revoking or record.stopping or record.state is LEAVING or left < 1:
+                continue
+            pace = record.pieces[-1].unit.pace
+            if revoking >= len(self.idle):
+                continue
+            if not slow and pace is not None and pace.seconds is not None and left * pace.seconds < STEAL_AFTER:
+                later = True
+                continue
+            record.revoking = True
+            revoking += 1
+            effects.append(Revoke(daemon))
+        if later and not self.looking:
+            self.looking = True
+            effects.append(Look())
         return effects
 
     def _fail_awaiting(self) -> list[Any]:
-        failed = [Resolve(task, LAUNCH) for task in self.queue if self.awaiting.pop(task, None) is not None]
-        self.completed += len(failed)
-        self.queue.clear()
-        return failed
+        effects: list[Any] = []
+        while (head := _head(self.queue)) is not None:
+            effects += self._reset(head.unit, head.lo, LAUNCH)
+        for call in self.calls:
+            while call.open:
+                call.open -= 1
+                call.begun += 1
+                effects += self._reset(call.unit, call.begun - 1, LAUNCH)
+        self.queued = 0
+        return effects
 
     # -- looking
 
     def counts(self) -> tuple[int, int, int, int, int]:
         """connections, cumulative, awaiting, executing, completed."""
-        return len(self.daemons), self.cumulative, len(self.awaiting), len(self.executing), self.completed
+        executing = 0
+        for record in self.daemons.values():
+            if record.pieces and not record.replaying:
+                piece = record.pieces[0]
+                executing += bool(piece.unit.count(piece.lo, piece.hi))
+        return len(self.daemons), self.cumulative, self.unresolved - executing, executing, self.completed
+
+
+def _head(queue: deque[_Piece]) -> _Piece | None:
+    """The first piece that holds a task to be done, which it then begins with."""
+    while queue:
+        piece = queue[0]
+        unit = piece.unit
+        if unit.left:
+            if unit.done is None:
+                return piece
+            lo = unit.done.find(0, piece.lo, piece.hi)
+            if lo >= 0:
+                piece.lo = lo
+                return piece
+        queue.popleft()
+    return None
 
 
 # ======================================================================
-# 7. Transport: URLs, the handshake, connections
+# 8. Transport: URLs, the handshake, connections
 # ======================================================================
 # Knows:  sockets, keys, frames.
 # Never:  tasks; it unpickles nothing.
@@ -2531,6 +3304,10 @@ class Connection:
     def fileno(self) -> int:
         return self.sock.fileno()
 
+    def receive_by(self, recv: Callable[[int], bytes]) -> None:
+        """For a way of one's own to read from the socket."""
+        self._recv = recv
+
     def receive(self) -> bool:
         """Reads once. False where nothing was there; sets `ended` at the end."""
         chunks = self.decoder.chunks
@@ -2686,11 +3463,124 @@ def _receive_some(sock: socket.socket, url: str) -> bytes:
 
 
 # ======================================================================
-# 8. Dispatcher shell: sockets around the core
+# 9. Shared page: what a dispatcher and its local daemons see of each other
+# ======================================================================
+# Knows:  memory that both have mapped.
+# Never:  who reads or writes when; each word has one writer.
+# Rule:   a word of eight bytes is written in one store. Of two that are written, one by each side, which then looks at
+#         the other's, at least one side sees what the other wrote, once a moment has passed (REVOKE_TIME): no processor
+#         holds a store back for longer than its buffer of some tens needs to drain.
+
+NO_LIMIT = (1 << 64) - 1
+LENGTH = struct.Struct("<I")
+
+
+class Slot:
+    """One local daemon's part of the page: what it is at, how far it may go, and the outcomes of a map's items until
+    they are sent, so that a kill loses none."""
+
+    __slots__ = ("words", "area", "used")
+
+    _INTERRUPT, _BEGUN, _LIMIT, _FIRST, _USED, _OUTPUT = range(6)
+
+    def __init__(self, page: memoryview, slot: int) -> None:
+        own = page[slot * SLOT_SIZE:(slot + 1) * SLOT_SIZE]
+        self.words, self.area = own[:SLOT_HEAD].cast("Q"), own[SLOT_HEAD:]
+        self.used = 0
+
+    def clear(self) -> None:
+        """For the next daemon: what the last one had begun is not its own."""
+        self.words[:] = memoryview(bytes(SLOT_HEAD)).cast("Q")
+        self.words[self._LIMIT] = NO_LIMIT
+
+    # -- the dispatcher writes
+
+    def interrupt(self, task: int) -> None:
+        """The task that is to be interrupted, by its id."""
+        self.words[0] = task
+
+    def limit(self, position: int) -> None:
+        """From here on nothing is to be begun."""
+        self.words[2] = position
+
+    def outcomes(self, position: int) -> list[bytes]:
+        """Those from this position on that were not sent."""
+        first, used = self.words[self._FIRST], self.words[self._USED]
+        found, at = [], 0
+        while at < used:
+            end = at + LENGTH.size + LENGTH.unpack_from(self.area, at)[0]
+            found.append(bytes(self.area[at + LENGTH.size:end]))
+            at = end
+        return found[max(0, position - first):]
+
+    # -- the nursery writes
+
+    def passing_output(self, busy: bool) -> None:
+        """Set while it passes on what it has read of the daemon's output."""
+        self.words[self._OUTPUT] = busy
+
+    # -- the daemon writes
+
+    def begin(self, position: int) -> bool:
+        """Says what is begun, and then looks whether that is allowed."""
+        self.words[1] = position
+        return position < self.words[2]
+
+    def keep(self, position: int, outcome: bytes) -> bool:
+        """False where there is no room for it."""
+        at, end = self.used, self.used + LENGTH.size + len(outcome)
+        if end > len(self.area):
+            return False
+        if not at:
+            self.words[self._FIRST] = position
+        self.area[at:end] = LENGTH.pack(len(outcome)) + outcome
+        self.used = self.words[self._USED] = end
+        return True
+
+    def sent(self) -> None:
+        """They have gone another way."""
+        self.used = self.words[self._USED] = 0
+
+    def wait_output(self, fds: Iterable[int], timeout: float) -> None:
+        """Until the nursery has taken what was written to these pipes, and has passed it on: it says so when it has."""
+        import fcntl
+        import termios
+        deadline, pause = time.monotonic() + timeout, 0.0
+        for fd in fds:
+            size = bytearray(4)
+            with contextlib.suppress(OSError):
+                while time.monotonic() < deadline:
+                    fcntl.ioctl(fd, termios.FIONREAD, size)
+                    if not int.from_bytes(size, sys.byteorder) and not self.words[self._OUTPUT]:
+                        break
+                    time.sleep(pause)
+                    pause = min(pause + 0.0001, 0.002)
+
+    # -- looking
+
+    @property
+    def begun(self) -> int:
+        """The last position that was begun; 0: none."""
+        return self.words[1]
+
+    @property
+    def interrupted(self) -> int:
+        return self.words[0]
+
+
+def new_page(file: int = -1) -> memoryview:
+    """Memory for SLOTS local daemons, shared with whoever is forked from here or maps the same file; pages that nobody
+    touches cost nothing."""
+    return memoryview(mmap.mmap(file, SLOTS * SLOT_SIZE))
+
+
+# ======================================================================
+# 10. Dispatcher shell: sockets around the core
 # ======================================================================
 # Knows:  connections, the nursery's reports, the clock.
-# Never:  pickle, user code, scheduling rules.        Thread: a process of its own.
+# Never:  pickle, user code, scheduling rules.        Thread: one, of a process of its own.
 # Rule:   one `selectors` loop that waits for nobody; what the core says is done, by one method an effect.
+#         In direct mode it runs in a thread of the host.
 
 
 class _Peer:
@@ -2702,20 +3592,23 @@ class _Peer:
         self.shake: ListenerHandshake | None = shake
         self.role = "stranger"
         self.launch: tuple[int, int] | None = None      # slot, serial of a local daemon
+        self.slot: Slot | None = None                   # its part of the page, where it uses that
         self.name = ""
         self.pid = 0
         self.known: set[bytes] = set()                  # definitions that were sent to it: hashes, and rows of them
-        self.last_task = -1                             # what it said it would finish before it leaves
+        self.units: deque[int] = deque(maxlen=KEPT_UNITS)   # that it keeps
+        self.claimed = 0                                # the last position that it may have begun, without a page
+        self.limit = 0                                  # the position of a take-back that is under way
         self.events = selectors.EVENT_READ
         self.handle: Callable[[_Peer, Message], None] | None = None
 
 
 class Dispatcher:
-    """The process between host and daemons. `spec`: url, key (hex), elastic. `page`: words shared with local
-    daemons, SLOT_WORDS each: the task to interrupt, the task begun."""
+    """Between host and daemons: a process, or (direct) a thread of the host. `spec`: url, key (hex), how the core is to
+    schedule. `page`: shared with local daemons."""
 
     def __init__(self, spec: Mapping[str, Any], nursery: Connection, page: memoryview) -> None:
-        self.core = DispatcherCore(spec["elastic"])
+        self.core = DispatcherCore(spec["elastic"], spec["direct"], spec["fixed"])
         self.key = bytes.fromhex(spec["key"])
         self.nursery, self.page = nursery, page
         self.selector = selectors.DefaultSelector()
@@ -2733,6 +3626,7 @@ class Dispatcher:
         self.to_fork: list[tuple[int, int]] = []
         self.dirty: set[_Peer] = set()
         self.timers: list[tuple[float, int, Callable[[], None]]] = []
+        self.reports: deque[Message] = deque()      # of the nursery, read but not yet handled
         self.outcome: Message | None = None         # the result that is being handed to the core
         self.why = ""                               # how the daemon that is being given up ended
         self.last_words = ""                        # of the last launch that failed
@@ -2741,7 +3635,8 @@ class Dispatcher:
         self.counts_wait = False                    # a timer will have them sent
         self.running = True
         self.effects: dict[type, Callable[[Any], None]] = {
-            Assign: self._assign, Interrupt: self._interrupt, Resolve: self._resolve, Launch: self._launch,
+            Assign: self._assign, Replay: self._replay, Interrupt: self._interrupt, Revoke: self._revoke,
+            Look: self._look, Resolve: self._resolve, Sized: self._sized, Launch: self._launch,
             StopLaunching: self._stop_launching, Drop: self._drop}
 
     # -- the loop
@@ -2767,7 +3662,16 @@ class Dispatcher:
             for path in files:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+            self.close()
         return 0
+
+    def close(self) -> None:
+        """Ends all connections; in a forked child, leaves them to the parent."""
+        self.selector.close()
+        for peer in self.peers.values():
+            peer.connection.close()
+        self.listener.close()
+        self.nursery.close()
 
     def _timeout(self) -> float:
         return max(0.0, self.timers[0][0] - time.monotonic())
@@ -2879,7 +3783,16 @@ class Dispatcher:
             return
         if peer.launch:
             self.joined[peer.launch[0]] = peer
+            peer.slot = Slot(self.page, peer.launch[0]) if about.get("page") else None
         self._do(self.core.joined(peer.number, peer.launch and peer.launch[0]))
+
+    def adopt_host(self, connection: Connection) -> None:
+        """In direct mode, whose host needs not prove anything."""
+        peer = self.host = _Peer(next(self.numbers), connection, ListenerHandshake(self.key))
+        connection.sock.setblocking(False)
+        peer.role, peer.shake, peer.handle = "host", None, self._from_host
+        self.peers[peer.number] = peer
+        self.selector.register(connection.sock, selectors.EVENT_READ, functools.partial(self._serve, peer))
 
     def _post(self, peer: _Peer, frame: bytes) -> None:
         peer.connection.post(frame)
@@ -2924,14 +3837,24 @@ class Dispatcher:
             self._at(GRACE, lambda: self._signal(peer, signal.SIGKILL) if peer in self.joined.values() else None)
 
     def _lose(self, peer: _Peer, how: str, words: str = "") -> None:
-        task = self.core.daemons[peer.number].task
         if peer.launch:
             del self.joined[peer.launch[0]]
-            begun = self.page[peer.launch[0] * SLOT_WORDS + 1] == task
-        else:
-            begun = peer.last_task in (-1, task)
+        if peer.slot is not None:
+            self._recover(peer, peer.slot)
         self.why = self.last_words = describe_loss(peer.name, how, words)
-        self._do(self.core.lost(peer.number, begun))
+        self._do(self.core.lost(peer.number, peer.claimed if peer.slot is None else peer.slot.begun))
+
+    def _recover(self, peer: _Peer, slot: Slot) -> None:
+        """The outcomes that it had not yet sent."""
+        self._do(self.core.leaving(peer.number, DIED))
+        record = self.core.daemons[peer.number]
+        if not record.pieces:
+            return
+        piece = record.pieces[0]
+        outcomes = slot.outcomes(record.position)[:piece.hi - piece.lo]
+        if outcomes:
+            head = RESULTS_HEAD.pack(piece.lo, len(outcomes), 0.0)
+            self._answered(peer, Message(Kind.RESULTS, piece.unit.id, 0, b"".join([head, *join_apart(outcomes)])))
 
     # -- what peers say
 
@@ -2940,9 +3863,15 @@ class Dispatcher:
         if kind == Kind.TASK:
             self.frames[id] = encode(kind, id, payload)
             self._do(self.core.submitted(id, flags))
+        elif kind == Kind.UNIT:
+            self.frames[id] = encode(kind, id, payload)
+            self._do(self.core.submitted(id, flags, *UNIT_HEAD.unpack_from(payload)))
         elif kind == Kind.CANCEL:
-            self.frames.pop(id, None)
-            self._do(self.core.cancelled(id))
+            self._do(self.core.cancelled(id, *RANGE.unpack(payload)))
+            self._release(id)
+        elif kind == Kind.EVERYWHERE:
+            self.frames[id] = encode(kind, id, payload)
+            self._do(self.core.everywhere(id, flags))
         elif kind == Kind.DEFINE:
             self.definitions[payload[:HASH_SIZE]] = encode(kind, 0, payload)
         elif kind == Kind.DROP:
@@ -2955,8 +3884,17 @@ class Dispatcher:
             for daemon in list(self.core.idle) if not slots else ():                # and those that idle are outdated
                 self._at_end(self.peers[daemon])
             self._do(self.core.launch(slots))
+        elif kind == Kind.END:
+            for daemon in self.core.daemons:
+                if daemon in self.peers:
+                    self._post(self.peers[daemon], encode(Kind.END))
         else:
             raise ProtocolError(f"{message!r} from a host")
+
+    def _release(self, unit: int) -> None:
+        """A frame goes once nobody wants an outcome of it; those of `everywhere` calls are there for newcomers."""
+        if unit not in self.core.units and unit in self.frames and self.frames[unit][KIND_AT] != Kind.EVERYWHERE:
+            del self.frames[unit]
 
     def _drop_definitions(self, hashes: list[bytes]) -> None:
         for hash in hashes:
@@ -2969,29 +3907,61 @@ class Dispatcher:
                 self._post(peer, encode(Kind.DROP, 0, b"".join(known)))
 
     def _from_daemon(self, peer: _Peer, message: Message) -> None:
-        if message.kind == Kind.RESULT:
-            self.outcome = message
-            self._do(self.core.finished(peer.number, message.id))
-        elif message.kind == Kind.LEAVE:
-            peer.last_task = message.id
+        kind, id = message.kind, message.id
+        if kind in (Kind.RESULT, Kind.RESULTS):
+            if peer.launch is not None and self.specs[peer.launch[0]]["options"].get("output"):
+                self._read_nursery()        # what the task wrote has come before it
+            self._answered(peer, message)
+        elif kind == Kind.STOPPED:
+            peer.limit = 0
+            if peer.slot is not None:
+                peer.slot.limit(NO_LIMIT)
+            self._do(self.core.has_stopped(peer.number, id))
+        elif kind == Kind.CUT:
+            self._do(self.core.returned(peer.number, id))
+        elif kind == Kind.CLAIM:
+            peer.claimed = id
+        elif kind == Kind.LEAVE:
+            peer.claimed = id
             self._do(self.core.leaving(peer.number, message.flags))
         else:
             raise ProtocolError(f"{message!r} from a daemon")
 
+    def _answered(self, peer: _Peer, message: Message) -> None:
+        self.outcome = message
+        lo, n, seconds = 0, 1, 0.0
+        if message.kind == Kind.RESULTS:
+            lo, n, seconds = RESULTS_HEAD.unpack_from(message.payload)
+        else:
+            pieces = self.core.daemons[peer.number].pieces
+            lo = pieces[0].lo if pieces else 0
+        self._do(self.core.reported(peer.number, message.id, lo, n, seconds, message.flags == FAILED))
+
     def _from_nursery(self) -> None:
-        self.nursery.receive()
-        for message in self.nursery.decoder:
+        self._read_nursery()
+        while self.reports:
+            message = self.reports.popleft()
             if message.kind != Kind.ENDED:
                 raise ProtocolError(f"{message!r} from the nursery")
             self._daemon_ended(decode_json(message))
         if self.nursery.ended:
             self._nursery_ended()
 
+    def _read_nursery(self) -> None:
+        """What it has to say can wait; what tasks wrote is passed on at once."""
+        self.nursery.receive()
+        for message in self.nursery.decoder:
+            if message.kind != Kind.OUTPUT:
+                self.reports.append(message)
+            elif self.host is not None:
+                self._post(self.host, encode(Kind.OUTPUT, 0, message.payload, message.flags))
+
     def _nursery_ended(self) -> None:
         """Nobody is left to end the local daemons but us."""
-        for daemon in self.joined.values():
+        for slot, daemon in self.joined.items():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(daemon.pid, signal.SIGKILL)
+                if self.specs[slot]["options"].get("autoexit", True) is True:
+                    os.killpg(daemon.pid, signal.SIGKILL)
         self.running = False
 
     def _daemon_ended(self, report: Mapping[str, Any]) -> None:
@@ -3019,10 +3989,31 @@ class Dispatcher:
             self.effects[type(effect)](effect)
 
     def _assign(self, effect: Any) -> None:
-        peer, frame = self.peers[effect.daemon], self.frames[effect.task]
+        peer, frame = self.peers[effect.daemon], self.frames[effect.unit]
+        kind = frame[KIND_AT]
+        if kind == Kind.UNIT:
+            if effect.unit not in peer.units:
+                peer.units.append(effect.unit)
+                self._send(peer, frame)
+            payload = RANGE.pack(effect.lo, effect.hi)
+            self._post(peer, encode(Kind.RUN, effect.unit, payload, FRESH if effect.fresh else 0))
+            return
+        peer.claimed = self.core.daemons[effect.daemon].sent - 1
+        self._send(peer, frame, FRESH if effect.fresh else 0)
+
+    def _replay(self, effect: Any) -> None:
+        peer = self.peers[effect.daemon]
+        peer.claimed = self.core.daemons[effect.daemon].sent - 1
+        self._send(peer, self.frames[effect.unit], REPLAY | (FRESH if effect.fresh else 0))
+
+    def _send(self, peer: _Peer, frame: bytes, flags: int = 0) -> None:
+        """A task, or a unit of them, after what it needs."""
         needs = needs_of(frame)
         if needs not in peer.known:
             self._define(peer, needs)
+        if flags:
+            _, _, kind, _, id = HEADER.unpack_from(frame)
+            frame = encode(kind, id, frame[HEADER.size:], flags)
         self._post(peer, frame)
 
     def _define(self, peer: _Peer, needs: bytes) -> None:
@@ -3034,16 +4025,75 @@ class Dispatcher:
         peer.known.add(needs)
 
     def _interrupt(self, effect: Any, delay: float = INTERRUPT_AGAIN) -> None:
-        """Again and again, ever more rarely, until the daemon has given the task back."""
-        peer, record = self.peers.get(effect.daemon), self.core.daemons.get(effect.daemon)
-        if peer is None or record is None or record.task != effect.task:
+        """Again and again, ever more rarely, until the daemon has given them back. What it runs is interrupted, what it
+        has not begun is taken back."""
+        number, unit, lo, hi = effect
+        peer, core = self.peers.get(number), self.core
+        if peer is None or number not in core.daemons:
             return
+        held = core.held(number, unit, lo, hi)
+        if held is None:
+            return
+        first, last = held
         self._at(delay, lambda: self._interrupt(effect, min(2 * delay, 2.0)))
-        if peer.launch is None:
-            self._post(peer, encode(Kind.CANCEL, effect.task))
+        if peer.slot is None:
+            call = self.frames[unit][KIND_AT] == Kind.EVERYWHERE if unit in self.frames else False
+            self._post(peer, encode(Kind.CANCEL, unit, RANGE.pack(0, 1) if call else RANGE.pack(lo, hi)))
+        elif first <= peer.slot.begun <= last:
+            self._interrupt_task(peer, peer.slot, delay == INTERRUPT_AGAIN)
+        begun = core.daemons[number].position if peer.slot is None else peer.slot.begun
+        if begun < last:
+            self._limit(peer, max(first, begun + 1))
+
+    def _interrupt_task(self, peer: _Peer, slot: Slot, first: bool) -> None:
+        task = self.core.task_at(peer.number, slot.begun)
+        if task is None or peer.launch is None:
+            return
+        call = task[0] in self.frames and self.frames[task[0]][KIND_AT] == Kind.EVERYWHERE
+        slot.interrupt(task[0] if call else sum(task))
+        self._signal(peer, signal.SIGINT)
+        patience = self.specs[peer.launch[0]]["options"].get("kill_after")
+        if first and patience is not None:
+            self._at(patience, lambda: self._kill_still(peer, task))
+
+    def _kill_still(self, peer: _Peer, task: tuple[int, int]) -> None:
+        """It has been told to drop this task for long enough."""
+        if peer.number in self.core.daemons and peer.slot is not None and (
+                self.core.task_at(peer.number, peer.slot.begun) == task):
+            self._signal(peer, signal.SIGKILL)
+
+    def _revoke(self, effect: Any) -> None:
+        peer, record = self.peers.get(effect.daemon), self.core.daemons[effect.daemon]
+        begun = record.position if peer is None or peer.slot is None else peer.slot.begun
+        end = record.position + record.given()
+        if peer is None or begun >= end - 1:
+            self._do(self.core.returned(effect.daemon, end))
         else:
-            self.page[peer.launch[0] * SLOT_WORDS] = effect.task
-            self._signal(peer, signal.SIGINT)
+            self._limit(peer, begun + 1 + (end - 1 - begun) // 2)
+
+    def _limit(self, peer: _Peer, position: int) -> None:
+        """From this position on it is to begin nothing; what it has begun by now is seen a moment later."""
+        if peer.limit and peer.limit <= position:
+            return
+        peer.limit = position
+        if peer.slot is None:
+            self._post(peer, encode(Kind.LIMIT, position))
+        else:
+            peer.slot.limit(position)
+            self._at(REVOKE_TIME, lambda: self._cut(peer, position))
+
+    def _cut(self, peer: _Peer, position: int) -> None:
+        if peer.limit != position or peer.slot is None or peer.number not in self.core.daemons:
+            return      # it has stopped meanwhile, or ended, or less is left to it
+        record = self.core.daemons[peer.number]
+        cut = max(position, peer.slot.begun + 1)
+        if cut >= record.position + record.given():
+            peer.limit = 0
+            peer.slot.limit(NO_LIMIT)
+        self._do(self.core.returned(peer.number, cut))
+
+    def _look(self, effect: Any) -> None:
+        self._at(STEAL_AFTER, lambda: self._do(self.core.look()))
 
     def _signal(self, peer: _Peer, signum: int) -> None:
         """By the nursery: it alone knows that the process id is still that daemon's."""
@@ -3051,15 +4101,23 @@ class Dispatcher:
         self.nursery.post(encode_json(Kind.SIGNAL, {"pid": peer.pid, "signal": int(signum)}))
 
     def _resolve(self, effect: Any) -> None:
-        self.frames.pop(effect.task, None)
+        unit, lo, hi, how = effect
         assert self.host is not None
-        if effect.how is RESULT:
-            assert self.outcome is not None
-            self._post(self.host, encode(Kind.RESULT, effect.task, self.outcome.payload))
-            return
-        launch = effect.how is LAUNCH
-        text = self._launch_text() if launch else self.why
-        self._post(self.host, encode_json(Kind.LOST, {"launch": launch, "text": text}, effect.task))
+        if how is not RESULT:
+            launch = how is LAUNCH
+            text = self._launch_text() if launch else self.why
+            self._post(self.host, encode_json(Kind.LOST, {"launch": launch, "text": text, "lo": lo, "hi": hi}, unit))
+        elif self.outcome is not None:
+            kind, _, _, payload = self.outcome
+            if kind == Kind.RESULT and self.frames[unit][KIND_AT] == Kind.EVERYWHERE:
+                head = RESULTS_HEAD.pack(lo, 1, 0.0)
+                kind, payload = Kind.RESULTS, b"".join([head, *join_apart([payload])])
+            self._post(self.host, encode(kind, unit, payload))
+        self._release(unit)
+
+    def _sized(self, effect: Any) -> None:
+        if self.host is not None:
+            self._post(self.host, encode(Kind.SIZED, effect.unit, RANGE.pack(0, effect.n)))
 
     def _launch_text(self) -> str:
         return (f"no daemon could be started: {MAX_FAILED_STARTS} in a row ended before they were ready; "
@@ -3068,8 +4126,7 @@ class Dispatcher:
     def _launch(self, effect: Any) -> None:
         serial = next(self.numbers)
         self.serials[effect.slot] = serial
-        for word in range(effect.slot * SLOT_WORDS, (effect.slot + 1) * SLOT_WORDS):
-            self.page[word] = 0                 # what its last daemon had begun
+        Slot(self.page, effect.slot).clear()
         self.to_fork.append((effect.slot, serial))
 
     def _fork(self) -> None:
@@ -3093,51 +4150,122 @@ class Dispatcher:
 
 
 # ======================================================================
-# 9. Daemon: dial, evaluate, reply
+# 11. Daemon: dial, evaluate, reply
 # ======================================================================
-# Knows:  its connection, the task it runs, its limits.
+# Knows:  its connection, the tasks it was given, its limits.
 # Never:  queueing, other daemons.        Thread: tasks run in the main thread; nowhere else is user code called.
 
-_here = {"daemon": False}       # whether this process is a daemon
+_here: dict[str, Any] = {"daemon": False, "evaluating": False, "map": False}    # is a daemon; evaluates, in sync mode; a map
+DaemonOptions = collections.namedtuple("DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output")
+_LIMITS = ("idletime", "walltime", "maxtasks")
+_SWITCHES = ("asyncdial", "cleanup", "output", "dispatcher", "forward_imports")
 
 
 def on_daemon() -> bool:
-    """Whether this code runs on a daemon, in the evaluation of a mirai."""
-    return _here["daemon"]
+    """Whether this code runs in the evaluation of a mirai."""
+    return bool(_here["daemon"] or _here["evaluating"])
 
 
-def daemon(url: str, *, idletime: float = math.inf, walltime: float = math.inf, maxtasks: float = math.inf,
+def daemon(url: str, *, dispatcher: bool = True, asyncdial: bool = False, autoexit: bool | None = True,
+           cleanup: bool = True, output: bool = False, idletime: float = math.inf, walltime: float = math.inf,
+           maxtasks: float = math.inf, rs: Sequence[int] | None = None, kill_after: float | None = None,
            key: str | bytes | None = None) -> int:
-    """Serves the dispatcher at `url` until one side ends it; call it in the main thread of a process of its own.
+    """Serves the dispatcher (or host) at `url` until one side ends it; call it in the main thread of a process of its
+    own.
 
-    `idletime`, `walltime`: seconds without a task, and in all, after which it ends (a running task is finished
-    first). `maxtasks`: tasks after which it ends. `key`: the profile's, 64 hexadecimal digits or 32 bytes; by
-    default MIRAI_KEY or, for a profile of the same user, its key file.
+    dispatcher: for the record; whoever listens at the url is served. asyncdial: where nobody listens yet, try until
+    somebody does. autoexit: True ends with the connection, a running task 200 ms later; None lets that finish first;
+    False dials the url again, for a next host. cleanup: after each task (once per chunk of a map) the names that it
+    assigned in its namespace, sys.path, the environment, the working directory and the warnings filters are as they
+    were; what `everywhere()` did stays. output: whether what tasks print is shown (local daemons of a host: there).
+    idletime, walltime: seconds without a task, and in all, after which it ends (what runs is finished first). maxtasks:
+    tasks after which it ends. rs: the random stream it begins with, as `nextstream()` gives. kill_after: for the host's
+    own local daemons, seconds after which one that does not give back a cancelled task is killed. key: the profile's, 64
+    hexadecimal digits or 32 bytes; by default MIRAI_KEY or, for a profile of the same user, its key file.
 
-    Returns 0 (connection ended), 1 (idletime), 2 (walltime) or 3 (maxtasks). Raises OSError where the
-    dispatcher can't be reached, `Refused` where either side refuses the other.
+    Returns 0 (connection ended), 1 (idletime), 2 (walltime) or 3 (maxtasks), see `nextcode()`. Raises OSError where the
+    url can't be reached, `Refused` where either side refuses the other.
     """
-    check_daemon_options({"idletime": idletime, "walltime": walltime, "maxtasks": maxtasks})
+    options = {"dispatcher": dispatcher, "asyncdial": asyncdial, "autoexit": autoexit, "cleanup": cleanup,
+               "output": output, "idletime": idletime, "walltime": walltime, "maxtasks": maxtasks, "rs": rs,
+               "kill_after": kill_after}
+    check_daemon_options(options)
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("daemon() needs the main thread of a process of its own: that is where tasks run")
-    connection = dial(url, find_key(url) if key is None else parse_key(key), "daemon", {})
-    inbox = _ThreadInbox(connection)
-    try:
-        return _Daemon(inbox, idletime, walltime, maxtasks).run()
-    finally:
-        inbox.over = True
+    secret = find_key(url) if key is None else parse_key(key)
+    stream = random_stream() if rs is None else stream_from_r(rs)
+    return _serve_at(url, secret, {}, _daemon_options(options, stream), asyncdial)
 
 
 def check_daemon_options(options: Mapping[str, Any]) -> None:
     """TypeError or ValueError for options that `daemon()` does not take; the near miss is named."""
+    known = (*_LIMITS, *_SWITCHES, "autoexit", "rs", "kill_after", "tlscert")
     for name, value in options.items():
-        if name not in ("idletime", "walltime", "maxtasks"):
+        number = not isinstance(value, bool) and isinstance(value, (int, float)) and value > 0
+        if name not in known:
             import difflib
-            near = difflib.get_close_matches(name, ("idletime", "walltime", "maxtasks"), 1)
+            near = difflib.get_close_matches(name, known, 1)
             raise TypeError(f"there is no daemon option {name!r}" + (f"; did you mean {near[0]!r}?" if near else
-                                                                     ": there are idletime, walltime, maxtasks"))
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                                                                     f": there are {', '.join(sorted(known))}"))
+        if name in _LIMITS and not number:
             raise ValueError(f"{name}={value!r}: expected a number above 0 (math.inf: no limit)")
+        if name == "kill_after" and value is not None and not number:
+            raise ValueError(f"kill_after={value!r}: expected seconds above 0, or None for never")
+        if name in _SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: expected True or False")
+        if name == "autoexit" and value is not None and not isinstance(value, bool):
+            raise ValueError(f"autoexit={value!r}: expected True, False, or None to finish a running task first")
+        if name == "rs" and value is not None:
+            stream_from_r(value)
+
+
+def _daemon_options(options: Mapping[str, Any], stream: Stream[int, ...]) -> DaemonOptions:
+    limits = [options.get(name, math.inf) for name in _LIMITS]
+    return DaemonOptions(options.get("autoexit", True), options.get("cleanup", True), *limits, stream,
+                         options.get("output", False))
+
+
+def nextcode(xc: int) -> str:
+    """What a daemon's exit code says, in words."""
+    reasons = ("connection terminated", "idletime limit reached", "walltime limit reached", "task limit reached")
+    if isinstance(xc, bool) or not isinstance(xc, int) or not 0 <= xc < len(reasons):
+        raise ValueError(f"xc={xc!r}: expected 0 to 3, as daemon() returns")
+    return f"{xc} | Daemon {reasons[xc]}"
+
+
+def _serve_at(url: str, key: bytes, about: Mapping[str, Any], options: DaemonOptions, patient: bool) -> int:
+    """A daemon without a page: serves at the url, and with `autoexit=False` again and again."""
+    connection = _dial_patiently(url, key, about, math.inf, ()) if patient else dial(url, key, "daemon", about)
+    server = _Daemon(options)
+    while connection is not None:
+        inbox = _ThreadInbox(connection, options.autoexit)
+        try:
+            why = server.serve(inbox)
+        finally:
+            inbox.over = True
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        if options.autoexit is not False or why or server.ended:
+            return why
+        # The next host knows nothing of how it was started; there may be others in between, which refuse it.
+        connection = _dial_patiently(url, key, {}, time.monotonic() + server.patience(), Refused)
+    return server.why_now()
+
+
+def _dial_patiently(url: str, key: bytes, about: Mapping[str, Any], deadline: float,
+                    refused: Any) -> Connection | None:
+    """Tries until somebody listens there; None after the deadline."""
+    pause = REDIAL_FIRST
+    while True:
+        try:
+            return dial(url, key, "daemon", about)
+        except (OSError, *([refused] if refused else [])):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, REDIAL_MOST)
 
 
 def _become_daemon() -> None:
@@ -3160,20 +4288,71 @@ def _quit(code: Any = 0) -> NoReturn:
     os._exit(code if isinstance(code, int) else 1)
 
 
+class Surroundings:
+    """What tasks may change of a process, as it is now: `restore()` makes it so again."""
+
+    def __init__(self) -> None:
+        self.namespaces = copy_namespaces()
+        self.path = sys.path[:]
+        self.environ = self._environ().copy()
+        self.filters = warnings.filters[:]
+        self.cwd: str | None = None
+        with contextlib.suppress(OSError):
+            self.cwd = os.getcwd()
+
+    @staticmethod
+    def _environ() -> dict[Any, Any]:
+        """The table behind os.environ, where there is one: a fiftieth of the time."""
+        return getattr(os.environ, "_data", None) or dict(os.environ)
+
+    def restore(self) -> None:
+        restore_namespaces(self.namespaces)
+        if sys.path != self.path:
+            sys.path[:] = self.path
+        if self._environ() != self.environ:
+            self._restore_environ()
+        if warnings.filters != self.filters:
+            warnings.resetwarnings()        # which has the caches of all modules dropped
+            warnings.filters[:] = self.filters      # type: ignore[index]
+        with contextlib.suppress(OSError):
+            if self.cwd is not None and self._left():
+                os.chdir(self.cwd)
+
+    def _left(self) -> bool:
+        try:
+            return os.getcwd() != self.cwd
+        except OSError:             # where a task went is no more
+            return True
+
+    def _restore_environ(self) -> None:
+        decode = getattr(os.environ, "decodekey", str)
+        old = {decode(name): decode(value) for name, value in self.environ.items()}
+        for name in [name for name in os.environ if name not in old]:
+            del os.environ[name]
+        for name, value in old.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+
+
 class _PageInbox:
-    """A local daemon's way to its tasks: it reads the socket itself, and shares two words with the dispatcher."""
+    """A local daemon's way to its tasks: it reads the socket itself, and shares a page with the dispatcher."""
 
-    def __init__(self, connection: Connection, page: memoryview, slot: int) -> None:
-        self.connection = connection
-        self.page, self.at = page, slot * SLOT_WORDS
+    def __init__(self, connection: Connection, slot: Slot) -> None:
+        self.connection, self.slot = connection, slot
         self.stops_on_ctrl_c = self.signalled = False
+        self.cancelled = functools.partial(slot.words.__getitem__, 0)       # the task that is to be interrupted
+        self.keep, self.sent = slot.keep, slot.sent
 
-    def cancelled(self) -> int:
-        """The task that is to be interrupted."""
-        return self.page[self.at]
+    def begin(self, position: int, task: int) -> bool:
+        """Whether the task at this position may still be begun."""
+        return self.slot.begin(position)
 
-    def begin(self, task: int) -> None:
-        self.page[self.at + 1] = task
+    def claims(self, position: int) -> bool:
+        """The page says what is begun."""
+        return True
+
+    def send(self, frame: bytes) -> None:
+        self.connection.send(frame)
 
     def get(self, timeout: float) -> Message | None:
         """The next message, None at the end of the connection. TimeoutError after `timeout` seconds."""
@@ -3189,15 +4368,18 @@ class _PageInbox:
 
 
 class _ThreadInbox:
-    """The way of a daemon that was started elsewhere: a thread reads, so that a cancel reaches a busy main thread,
-    and that the end of the connection ends a busy daemon."""
+    """The way of a daemon without a page: a thread reads, so that a cancel reaches a busy main thread, and that the end
+    of the connection ends a busy daemon (unless that is to finish first)."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, autoexit: bool | None) -> None:
         import queue
-        self.connection = connection
+        self.connection, self.autoexit = connection, autoexit
         self.stops_on_ctrl_c = True
         self.signalled = False          # by this thread: the next SIGINT is no Ctrl-C
         self.over = False               # the daemon has ended by itself
+        self.begun = self.claimed = self.task = 0
+        self.limit = NO_LIMIT
+        self._sending = threading.Lock()
         self._cancelled = 0
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._empty = queue.Empty
@@ -3206,8 +4388,29 @@ class _ThreadInbox:
     def cancelled(self) -> int:
         return self._cancelled
 
-    def begin(self, task: int) -> None:
-        """Nothing to note: from the outside, a task that was sent may have begun."""
+    def begin(self, position: int, task: int) -> bool:
+        """Says what is begun, and then looks whether that is allowed; the reading thread does it the other way round."""
+        self.task, self.begun = task, position
+        return position < self.limit
+
+    def claims(self, position: int) -> bool:
+        return position <= self.claimed
+
+    def claim(self, position: int) -> None:
+        """Says up to where tasks may be begun before the next report, should it be the last."""
+        self.claimed = position
+        self.send(encode(Kind.CLAIM, position))
+
+    def keep(self, position: int, outcome: bytes) -> bool:
+        """It is kept by the daemon alone."""
+        return True
+
+    def sent(self) -> None:
+        """Nothing to forget."""
+
+    def send(self, frame: bytes) -> None:
+        with self._sending:
+            self.connection.send(frame)
 
     def get(self, timeout: float) -> Message | None:
         try:
@@ -3219,83 +4422,220 @@ class _ThreadInbox:
         try:
             while True:
                 for message in self.connection.decoder:
-                    if message.kind == Kind.CANCEL:
-                        self._cancelled, self.signalled = message.id, True
-                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                    else:
-                        self._messages.put(message)
+                    self._take(message)
                 if not self.connection.receive():
                     break
+        except OSError:
+            return
         finally:
+            if self.autoexit is not True and not self.over:
+                _leave_terminal()
             self._messages.put(None)
-            time.sleep(GRACE)       # an idle daemon has long ended by itself
-            if not self.over:
-                os._exit(0)
+            if self.autoexit is True:
+                time.sleep(GRACE)       # an idle daemon has long ended by itself
+                if not self.over:
+                    os._exit(0)
+
+    def _take(self, message: Message) -> None:
+        if message.kind == Kind.CANCEL:
+            lo, hi = RANGE.unpack(message.payload)
+            if message.id + lo <= self.task < message.id + hi:
+                self._cancelled, self.signalled = self.task, True
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        elif message.kind == Kind.LIMIT:
+            self.limit = min(self.limit, message.id)
+            self.send(encode(Kind.CUT, max(message.id, self.begun + 1)))
+        else:
+            self._messages.put(message)
 
 
-def _take_definitions(message: Message) -> None:
-    if message.kind == Kind.DEFINE:
-        receive_definition(message.payload[:HASH_SIZE], message.payload[HASH_SIZE:])
-    elif message.kind == Kind.DROP:
-        for hash in split_hashes(message.payload):
-            receive_definition(hash, None)
-    else:
-        raise ProtocolError(f"{message!r} from a dispatcher")
+def _leave_terminal() -> None:
+    """Whoever read what this process writes may be gone, and what it still does must not fail by that."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                os.dup2(null, fd)
+    os.close(null)
 
 
 class _Daemon:
     """The loop of a daemon: one task at a time, each under a guard that lets an interrupt in."""
 
-    def __init__(self, inbox: _PageInbox | _ThreadInbox, idletime: float, walltime: float, maxtasks: float) -> None:
-        self.inbox = inbox
-        self.idletime, self.maxtasks = idletime, maxtasks
+    def __init__(self, options: DaemonOptions) -> None:
+        self.options = options
         self.idle_since = time.monotonic()
-        self.end = self.idle_since + walltime
-        self.limited = min(idletime, walltime, maxtasks) < math.inf
+        self.end = self.idle_since + options.walltime
+        self.limited = min(options.idletime, options.walltime, options.maxtasks) < math.inf
+        self.done = 0               # tasks
         self.armed = 0              # the task that a signal may interrupt now
         self.stopping = False       # Ctrl-C in the terminal of a daemon started by hand
-
-    def run(self) -> int:
+        self.ended = False          # the host wants it to end, whatever else was agreed on
+        self.handlers = {Kind.TASK: self._run_task, Kind.RUN: self._run_piece, Kind.EVERYWHERE: self._run_everywhere,
+                         Kind.UNIT: self._take_unit, Kind.DEFINE: _take_definition, Kind.DROP: _drop_definitions,
+                         Kind.END: self._take_end}
         _become_daemon()
+        GENERATORS.seed(options.stream)
+        self.surroundings = Surroundings()
+
+    def serve(self, inbox: _PageInbox | _ThreadInbox) -> int:
+        """Until the connection ends, or it does by its limits: why."""
+        self.inbox = inbox
+        self.position = 1               # of the next task; the dispatcher counts as well
+        self.units: dict[int, Items] = {}
+        self.halted = False             # it was stopped, and goes on with what is said to be meant
         signal.signal(signal.SIGINT, self._on_sigint)
         sys.unraisablehook = self._on_unraisable
-        done = 0
         try:
-            while True:
+            while not self.ended:
                 try:
-                    message = self.inbox.get(self._patience() if self.limited else math.inf)
+                    message = inbox.get(self.patience() if self.limited else math.inf)
                 except TimeoutError:
-                    if self._patience() > 0:        # longer than one wait can be
+                    if self.patience() > 0:        # longer than one wait can be
                         continue
-                    return self._leave(WALLTIME if time.monotonic() >= self.end else IDLETIME)
+                    return self._leave(self.why_now())
                 if message is None:
                     return DIED
-                if message.kind != Kind.TASK:
-                    _take_definitions(message)
-                    continue
-                outcome = self._run(message)
-                done += 1
-                if self.limited or self.stopping:
-                    self.idle_since = time.monotonic()
-                    why = MAXTASKS if done >= self.maxtasks else WALLTIME if time.monotonic() >= self.end else DIED
-                    if why or self.stopping:
-                        return self._leave(why, message.id, outcome)
-                self.inbox.connection.send(encode(Kind.RESULT, message.id, outcome))
+                handle = self.handlers.get(message.kind)
+                if handle is None:
+                    raise ProtocolError(f"{message!r} from a dispatcher")
+                why = handle(message)
+                if why is not None:
+                    return why
         except OSError:             # the connection broke: the same end by another sign
             return DIED
+        return DIED
 
-    def _patience(self) -> float:
-        return min(self.idle_since + self.idletime, self.end, time.monotonic() + WAIT_MOST) - time.monotonic()
+    def patience(self) -> float:
+        options = self.options
+        return min(self.idle_since + options.idletime, self.end, time.monotonic() + WAIT_MOST) - time.monotonic()
 
-    def _run(self, message: Message) -> bytes:
+    def why_now(self) -> int:
+        return WALLTIME if time.monotonic() >= self.end else IDLETIME
+
+    def _take_end(self, message: Message) -> None:
+        self.ended = True
+
+    # -- tasks
+
+    def _skips(self, message: Message, n: int) -> bool:
+        """What comes after it was stopped, and was sent before that was known, is somebody else's by now."""
+        if message.flags & FRESH:
+            self.halted = False
+            if isinstance(self.inbox, _ThreadInbox):
+                self.inbox.limit = NO_LIMIT
+        if self.halted:
+            self.position += n
+        return self.halted
+
+    def _halt(self, n: int) -> None:
+        """It may not begin the task at its position, and drops that and what follows, n in all."""
+        self.halted = True
+        self.inbox.send(encode(Kind.STOPPED, self.position))
+        self.position += n
+
+    def _run_task(self, message: Message) -> int | None:
+        if self._skips(message, 1):
+            return None
+        if not self.inbox.begin(self.position, message.id):
+            self._halt(1)
+            return None
+        self.position += 1
+        outcome = self._guarded(message.id, evaluate, message.payload)
+        self.done += 1
+        return self._after([encode(Kind.RESULT, message.id, outcome)])
+
+    def _run_everywhere(self, message: Message) -> int | None:
+        """A call that failed here alone, in a replay, means that this daemon is not what tasks expect."""
+        if self._skips(message, 1):
+            return None
+        if not self.inbox.begin(self.position, message.id):
+            self._halt(1)
+            return None
+        self.position += 1
+        outcome = self._guarded(message.id, evaluate_everywhere, message.payload)
+        self.surroundings = Surroundings()
+        failed = outcome.startswith(FAILURE)
+        if failed and message.flags & REPLAY:
+            error, _ = load_outcome(outcome)
+            print(f"a replay of everywhere() failed: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(EX_SOFTWARE)
+        return self._after([encode(Kind.RESULT, message.id, outcome, FAILED if failed else 0)], False)
+
+    def _take_unit(self, message: Message) -> None:
+        if len(self.units) >= KEPT_UNITS:
+            del self.units[next(iter(self.units))]
+        self.units[message.id] = Items(message.payload)
+
+    def _run_piece(self, message: Message) -> int | None:
+        """Items of a map, one by one; outcomes are sent every CHUNK_TIME, and in between kept where a kill leaves them."""
+        lo, hi = RANGE.unpack(message.payload)
+        if self._skips(message, hi - lo):
+            return None
+        inbox, items = self.inbox, self.units[message.id]
+        report = _Report(message.id, lo)
+        _here["map"] = True
+        items.begin()
+        for index in range(lo, hi):
+            if not inbox.claims(self.position):
+                self._flush(report)
+                inbox.claim(self.position + min(report.pace(), hi - 1 - index))     # type: ignore[union-attr]
+            if not inbox.begin(self.position, message.id + index):
+                self._flush(report)
+                self._halt(hi - index)
+                break
+            outcome = self._guarded(message.id + index, items.evaluate, index)
+            self.done += 1
+            self.position += 1
+            if not report.add(inbox.keep(self.position - 1, outcome), outcome):
+                self._flush(report)
+            if (self.limited or self.stopping) and (self.stopping or self._limit_reached()):
+                break
+        _here["map"] = False
+        return self._after(report.frames())
+
+    def _flush(self, report: _Report) -> None:
+        if self.options.output:
+            self._pass_output()
+        for frame in report.frames():
+            self.inbox.send(frame)
+            self.inbox.sent()
+
+    def _after(self, frames: list[bytes], clean: bool = True) -> int | None:
+        """Sends what has come of tasks, and makes good what they changed; or leaves."""
+        if self.options.output:
+            self._pass_output()
+        if self.limited or self.stopping:
+            self.idle_since = time.monotonic()
+            why = self._limit_reached()
+            if why or self.stopping:
+                return self._leave(why, frames)
+        if frames:
+            self.inbox.send(b"".join(frames))
+            self.inbox.sent()
+        if clean and self.options.cleanup:
+            self.surroundings.restore()
+        return None
+
+    def _limit_reached(self) -> int:
+        return MAXTASKS if self.done >= self.options.maxtasks else WALLTIME if time.monotonic() >= self.end else DIED
+
+    def _pass_output(self) -> None:
+        """What tasks wrote is to be with the host before their results."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):        # a task's own
+                stream.flush()
+        if isinstance(self.inbox, _PageInbox):
+            self.inbox.slot.wait_output((1, 2), OUTPUT_TIME)
+
+    def _guarded(self, task: int, evaluate: Callable[[Any], bytes], what: Any) -> bytes:
         """Evaluates a task. The interrupt that is meant for it is raised only between arming and disarming, once."""
-        self.inbox.begin(message.id)
         try:
-            self.armed = message.id
-            if self.inbox.cancelled() == message.id:
+            self.armed = task
+            if self.inbox.cancelled() == task:
                 self.armed = 0
                 raise _Interrupted
-            outcome = evaluate(message.payload)
+            outcome = evaluate(what)
             self.armed = 0
         except KeyboardInterrupt as error:
             self.armed = 0
@@ -3304,16 +4644,16 @@ class _Daemon:
             signal.signal(signal.SIGINT, self._on_sigint)
         return outcome
 
-    def _leave(self, why: int, task: int = 0, outcome: bytes | None = None) -> int:
-        """Says why before the last result, so that no task is sent after it; then waits to be let go."""
-        connection = self.inbox.connection
-        last = b"" if outcome is None else encode(Kind.RESULT, task, outcome)
-        connection.send(encode(Kind.LEAVE, task, flags=why) + last)
+    def _leave(self, why: int, frames: Sequence[bytes] = ()) -> int:
+        """Says why before the last results, so that no task is sent after it; then waits to be let go."""
+        self.inbox.send(b"".join([encode(Kind.LEAVE, self.position - 1, flags=why), *frames]))
         with contextlib.suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_WR)
+            self.inbox.connection.sock.shutdown(socket.SHUT_WR)
             if isinstance(self.inbox, _PageInbox):
-                wait_ready(connection.fileno(), GRACE)
+                wait_ready(self.inbox.connection.fileno(), GRACE)
         return why
+
+    # -- signals
 
     def _on_sigint(self, signum: int, frame: Any) -> None:
         if self.armed and self.armed == self.inbox.cancelled():
@@ -3333,8 +4673,45 @@ class _Daemon:
             sys.__unraisablehook__(unraisable)
 
 
+class _Report:
+    """Outcomes of consecutive items, until they are sent."""
+
+    def __init__(self, unit: int, lo: int) -> None:
+        self.unit, self.lo = unit, lo
+        self.outcomes: list[bytes] = []
+        self.since = time.monotonic()
+        self.each = CHUNK_TIME          # seconds an item, as far as is known
+
+    def add(self, kept: bool, outcome: bytes) -> bool:
+        """Whether it may wait."""
+        self.outcomes.append(outcome)
+        return kept and time.monotonic() - self.since < CHUNK_TIME
+
+    def pace(self) -> int:
+        """How many items will fill the time until the next report."""
+        return int(CHUNK_TIME / max(self.each, 1e-9))
+
+    def frames(self) -> list[bytes]:
+        outcomes, now = self.outcomes, time.monotonic()
+        if not outcomes:
+            return []
+        self.each = (now - self.since) / len(outcomes)
+        head = RESULTS_HEAD.pack(self.lo, len(outcomes), now - self.since)
+        self.lo, self.outcomes, self.since = self.lo + len(outcomes), [], now
+        return [encode_parts(Kind.RESULTS, [head, *join_apart(outcomes)], self.unit)]
+
+
+def _take_definition(message: Message) -> None:
+    receive_definition(message.payload[:HASH_SIZE], message.payload[HASH_SIZE:])
+
+
+def _drop_definitions(message: Message) -> None:
+    for hash in split_hashes(message.payload):
+        receive_definition(hash, None)
+
+
 # ======================================================================
-# 10. Nursery: the parent of dispatchers and local daemons
+# 12. Nursery: the parent of dispatchers and local daemons
 # ======================================================================
 # Knows:  processes: how they start, that they ended, whose they are.
 # Never:  tasks, keys' use, listening sockets.    Thread: the nursery process has one; it forks.
@@ -3360,6 +4737,10 @@ class _Child:
         self.key = ""
         self.files: list[str] = []                          # a dispatcher's, to be removed after it
         self.status: int | None = None                      # of a dispatcher that ended before its daemons
+        self.direct = False                                 # a dispatcher in a thread of the host
+        self.spared = False                                 # a daemon that may outlive its connection
+        self.slot: Slot | None = None                       # of a daemon whose output is passed on
+        self.out = -1                                       # the reading end of its stdout, likewise
 
 
 class Nursery:
@@ -3383,6 +4764,8 @@ class Nursery:
         self.selector.register(control, selectors.EVENT_READ, self._from_host)
         self.become: Callable[[], int] | None = None
         self.ending = False
+        self.received: list[int] = []                       # descriptors that came with messages, not yet taken
+        control.receive_by(self._receive)
         self._watch_host()
 
     # -- the loop
@@ -3436,7 +4819,8 @@ class Nursery:
 
     def _end(self) -> None:
         for child in self.children.values():
-            _kill_group(child.pid)
+            if not child.spared:
+                _kill_group(child.pid)
         for dispatcher in self.dispatchers.values():
             self._remove_files(dispatcher)
         with contextlib.suppress(OSError):          # other hosts' sockets are in it
@@ -3455,15 +4839,25 @@ class Nursery:
             content = decode_json(message)
             if message.kind == Kind.START:
                 try:
-                    self._start_dispatcher(message.id, content)
+                    (self._meet_dispatcher if content["direct"] else self._start_dispatcher)(message.id, content)
                 except OSError as error:
                     self._report_end(message.id, 0, 1, f"it could not be forked: {error}")
                 if self.become is not None:
                     return
             elif message.kind == Kind.SIGNAL and message.id in self.dispatchers:
-                _kill_group(self.dispatchers[message.id].pid)
+                dispatcher = self.dispatchers[message.id]
+                if dispatcher.direct:
+                    self._dispatcher_ended(dispatcher, 0)
+                else:
+                    _kill_group(dispatcher.pid)
         if self.control.ended:
             self.ending = True
+
+    def _receive(self, size: int) -> bytes:
+        """As `recv()`, which would drop the descriptors."""
+        data, fds, _, _ = socket.recv_fds(self.control.sock, size, 16)
+        self.received += fds
+        return data
 
     def _from_dispatcher(self, child: _Child) -> None:
         assert child.control is not None
@@ -3480,6 +4874,8 @@ class Nursery:
                 self._signal(child.job, content["pid"], content["signal"])
         if child.control.ended:
             self._hang_up(child)
+            if child.direct:
+                self._dispatcher_ended(child, 0)
 
     def _hang_up(self, dispatcher: _Child) -> None:
         if dispatcher.control is not None:
@@ -3501,56 +4897,74 @@ class Nursery:
 
     def _start_dispatcher(self, job: int, spec: Mapping[str, Any]) -> None:
         control, theirs = socket.socketpair()
-        page = mmap.mmap(-1, SLOTS * SLOT_WORDS * 8)        # anonymous and shared: what is forked from here has it
-        words = memoryview(page).cast("Q")
-        child = self._fork("dispatcher", job, theirs, lambda: _dispatch(spec, Connection(theirs), words))
+        page = new_page()
+        child = self._fork("dispatcher", job, theirs, lambda: _dispatch(spec, Connection(theirs), page))
         if child is None:
             control.detach()
             return
         theirs.close()
+        self._add_dispatcher(child, control, page, spec)
+
+    def _meet_dispatcher(self, job: int, spec: Mapping[str, Any]) -> None:
+        """One in the host: its end of a control pipe, and the page, came with the message."""
+        control, file = self.received[:2]
+        del self.received[:2]
+        child = _Child("dispatcher", job, self.host, -1)
+        child.direct = True
+        self._add_dispatcher(child, socket.socket(fileno=control), new_page(file), spec)
+        os.close(file)
+
+    def _add_dispatcher(self, child: _Child, control: socket.socket, page: memoryview, spec: Mapping[str, Any]) -> None:
         control.setblocking(False)
-        child.page, child.control, child.key = words, Connection(control), spec["key"]
-        self.dispatchers[job] = child
+        child.page, child.control, child.key = page, Connection(control), spec["key"]
+        self.dispatchers[child.job] = child
         self.selector.register(child.control, selectors.EVENT_READ, functools.partial(self._from_dispatcher, child))
 
     def _fork_daemon(self, dispatcher: _Child, launch: tuple[int, int], spec: Mapping[str, Any]) -> None:
         if dispatcher.control is None:
             return
+        page = dispatcher.page or memoryview(b"")
         try:
             child = self._fork("daemon", dispatcher.job, None, functools.partial(
-                _local_daemon, spec, dispatcher.key, launch, dispatcher.page or memoryview(b"")))
+                _local_daemon, spec, dispatcher.key, launch, page), spec["options"].get("output", False))
         except OSError as error:
             self._report(dispatcher, launch, 0, 1, f"it could not be forked: {error}")
             return
         if child is not None:
             child.launch = launch
+            child.spared = spec["options"].get("autoexit", True) is not True
+            child.slot = Slot(page, launch[0]) if child.out >= 0 else None
 
-    def _fork(self, role: str, job: int, keep: socket.socket | None, run: Callable[[], int]) -> _Child | None:
+    def _fork(self, role: str, job: int, keep: socket.socket | None, run: Callable[[], int],
+              output: bool = False) -> _Child | None:
         """A child in a session of its own, its stderr kept; None in the child itself, which then runs `become`."""
-        words, stderr = os.pipe()
+        pipes = [os.pipe() for _ in range(1 + output)]
         try:
             pid = os.fork()
         except OSError:
-            os.close(words)
-            os.close(stderr)
+            for fd in itertools.chain(*pipes):
+                os.close(fd)
             raise
         if pid == 0:
-            self._enter_child(keep, stderr)
+            self._enter_child(keep, [theirs for _, theirs in pipes])
             self.become = run
             return None
-        os.close(stderr)
-        os.set_blocking(words, False)
-        child = self.children[pid] = _Child(role, job, pid, words)
-        self.selector.register(words, selectors.EVENT_READ, functools.partial(self._keep_words, child))
+        child = self.children[pid] = _Child(role, job, pid, pipes[0][0])
+        child.out = pipes[1][0] if output else -1
+        for stream, (ours, theirs) in zip((2, 1), pipes):
+            os.close(theirs)
+            os.set_blocking(ours, False)
+            self.selector.register(ours, selectors.EVENT_READ, functools.partial(self._read_output, child, stream))
         return child
 
-    def _enter_child(self, keep: socket.socket | None, stderr: int) -> None:
+    def _enter_child(self, keep: socket.socket | None, pipes: list[int]) -> None:
         """Leaves everything of the nursery's behind: an inherited descriptor would hide a sibling's end."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        os.dup2(stderr, 2)
+        for fd, pipe in zip((2, 1), pipes):
+            os.dup2(pipe, fd)
         if sys.stderr is None:
             sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)     # noqa: SIM115
         self.selector.close()
@@ -3565,16 +4979,36 @@ class Nursery:
 
     # -- ending
 
-    def _keep_words(self, child: _Child) -> None:
+    def _read_output(self, child: _Child, stream: int) -> bool:
+        """Of what a child wrote on stderr the tail is kept; a daemon's output is passed on, where that is wanted. False
+        where there was nothing."""
+        fd = child.words if stream == 2 else child.out
+        if child.slot is not None:
+            child.slot.passing_output(True)     # before it is read
         try:
-            data = os.read(child.words, READ_SIZE)
+            data = os.read(fd, READ_SIZE)
         except BlockingIOError:
-            return
-        child.tail = (child.tail + data)[-LAST_WORDS:]
-        if not data:
-            self.selector.unregister(child.words)
-            os.close(child.words)
+            data = None
+        if data and stream == 2:
+            child.tail = (child.tail + data)[-LAST_WORDS:]
+        dispatcher = self.dispatchers.get(child.job)
+        if data and child.out >= 0 and dispatcher is not None and dispatcher.control is not None:
+            self._tell(dispatcher.control, encode(Kind.OUTPUT, 0, data, stream))
+        if child.slot is not None:
+            child.slot.passing_output(False)
+        if data == b"":
+            self._close_output(child, stream)
+        return bool(data)
+
+    def _close_output(self, child: _Child, stream: int) -> None:
+        fd = child.words if stream == 2 else child.out
+        if fd >= 0:
+            self.selector.unregister(fd)
+            os.close(fd)
+        if stream == 2:
             child.words = -1
+        else:
+            child.out = -1
 
     def _reap(self) -> None:
         """Buries the dead. Their process groups are killed while they are zombies: the number is still theirs."""
@@ -3596,26 +5030,33 @@ class Nursery:
                 self._ended(child, os.waitstatus_to_exitcode(status))
 
     def _ended(self, child: _Child, status: int) -> None:
-        while child.words >= 0:
-            size = len(child.tail)
-            self._keep_words(child)
-            if child.words >= 0 and len(child.tail) == size:    # a child of its own holds the pipe open
-                self.selector.unregister(child.words)
-                os.close(child.words)
-                child.words = -1
-        dispatcher = self.dispatchers[child.job]
-        if child.role == "daemon":
+        for stream in (1, 2):
+            while (child.words if stream == 2 else child.out) >= 0 and self._read_output(child, stream):
+                pass
+        for stream in (1, 2):
+            self._close_output(child, stream)       # a child of its own may hold the pipe open
+        if child.role == "dispatcher":
+            self._dispatcher_ended(child, status)
+            return
+        dispatcher = self.dispatchers.get(child.job)
+        if dispatcher is not None:
             self._report(dispatcher, child.launch, child.pid, status, child.tail.decode(errors="replace"))
-        else:
-            child.status = status
-            due = time.monotonic() + GRACE
-            self.to_kill += [(due, other.pid) for other in self.children.values() if other.job == child.job]
-        if dispatcher.status is not None and not any(c.job == child.job for c in self.children.values()):
             self._finish(dispatcher)
 
+    def _dispatcher_ended(self, dispatcher: _Child, status: int) -> None:
+        dispatcher.status = status
+        due = time.monotonic() + GRACE
+        self.to_kill += [(due, other.pid) for other in self.children.values()
+                         if other.job == dispatcher.job and not other.spared]
+        self._finish(dispatcher)
+
     def _finish(self, dispatcher: _Child) -> None:
-        """A dispatcher and all that belongs to it have ended: the host may know."""
-        del self.dispatchers[dispatcher.job]
+        """Once a dispatcher and all that must end with it have ended the host may know."""
+        if dispatcher.status is None or any(
+                child.job == dispatcher.job and not child.spared for child in self.children.values()):
+            return
+        if self.dispatchers.pop(dispatcher.job, None) is None:
+            return
         self._remove_files(dispatcher)
         self._hang_up(dispatcher)
         words = dispatcher.tail.decode(errors="replace")
@@ -3677,9 +5118,16 @@ def _local_daemon(spec: Mapping[str, Any], key: str, launch: tuple[int, int], pa
     if spec["nofile"]:
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, (spec["nofile"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    connection = dial(spec["url"], bytes.fromhex(key), "daemon", {"slot": launch[0], "serial": launch[1]})
-    options = {name: spec["options"].get(name, math.inf) for name in ("idletime", "walltime", "maxtasks")}
-    return _Daemon(_PageInbox(connection, page, launch[0]), **options).run()
+    given = spec["options"]
+    stream = advance_stream(tuple(spec["stream"]), launch[1]) if given.get("rs") is None else stream_from_r(given["rs"])
+    options = _daemon_options(given, stream)
+    if options.output:
+        sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)    # noqa: SIM115
+    about = {"slot": launch[0], "serial": launch[1], "page": options.autoexit is True}
+    if not about["page"]:
+        return _serve_at(spec["url"], bytes.fromhex(key), about, options, False)
+    connection = dial(spec["url"], bytes.fromhex(key), "daemon", about)
+    return _Daemon(options).serve(_PageInbox(connection, Slot(page, launch[0])))
 
 
 def nursery_main(host: int) -> int:
@@ -3739,6 +5187,29 @@ class NurseryHandle:
         if job not in self._listening:
             raise LaunchError(f"the dispatcher did not start; {self.describe_end(job, 0.0)}")
         return job, self._listening.pop(job)["url"]
+
+    def start_direct(self, spec: Mapping[str, Any]) -> tuple[int, str, Dispatcher, socket.socket]:
+        """The same in a thread of this process: itself, and this side's end of the connection to it."""
+        job = next(self._jobs)
+        file = os.memfd_create("mirai") if hasattr(os, "memfd_create") else _unnamed_file()
+        control, theirs = socket.socketpair()
+        try:
+            os.ftruncate(file, SLOTS * SLOT_SIZE)
+            dispatcher = Dispatcher(spec, Connection(control), new_page(file))
+            with self._lock:
+                self.connection.flush()
+                socket.send_fds(self.connection.sock, [encode_json(Kind.START, spec, job)], [theirs.fileno(), file])
+        except OSError as error:
+            control.close()
+            raise LaunchError(str(error.strerror or error)) from None
+        finally:
+            theirs.close()
+            os.close(file)
+        ours, host = socket.socketpair()
+        dispatcher.adopt_host(Connection(host))
+        threading.Thread(target=dispatcher.run, name="mirai-dispatcher", daemon=True).start()
+        self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
+        return job, format_url(dispatcher.address), dispatcher, ours
 
     def kill(self, job: int) -> None:
         with contextlib.suppress(OSError):
@@ -3804,6 +5275,12 @@ class NurseryHandle:
         self.process.returncode = 0
 
 
+def _unnamed_file() -> int:
+    file, path = tempfile.mkstemp()
+    os.unlink(path)
+    return file
+
+
 def _interpreter_flags() -> list[str]:
     """The host's own interpreter options that the environment does not carry."""
     flags = sys.flags
@@ -3814,7 +5291,7 @@ def _interpreter_flags() -> list[str]:
 
 
 # ======================================================================
-# 11. Mirai: the future
+# 13. Mirai: the future
 # ======================================================================
 # Knows:  outcomes, waiting threads and event loops; its owner, which will resolve it: a lock that all its mirais
 #         share, and what else a `Link` says that a mirai asks for.
@@ -3838,6 +5315,7 @@ class Mirai(FutureOfAny):
     _value: Any = UNRESOLVED            # the value or the error value, once looked at
     _failed = False
     needs: tuple[bytes, ...] = ()       # definitions that its task refers to; the owner's
+    size = 0                            # bytes of its task; the owner's
     __iter__ = None                     # `m[:]` would otherwise make it iterable, for ever
 
     def __init__(self, id: int, owner: Any) -> None:
@@ -3858,12 +5336,14 @@ class Mirai(FutureOfAny):
 
     # -- resolving, by the owner
 
-    def settle(self, outcome: bytes | ErrorValue) -> bool:
+    def settle(self, outcome: bytes | ErrorValue | tuple[Any, bool]) -> bool:
         """Resolves it, the owner's lock held; False where it had resolved. Runs no user code."""
         if self._state is not _futures.PENDING:
             return False
         if isinstance(outcome, bytes):
             self._outcome, self._failed = outcome, outcome.startswith(FAILURE)
+        elif isinstance(outcome, tuple):
+            self._value, self._failed = outcome
         else:
             self._value, self._failed = outcome, True
         cancelled = isinstance(outcome, MiraiCancelled)
@@ -3872,8 +5352,15 @@ class Mirai(FutureOfAny):
         for waiter in mine.get("_waiters", ()):
             (waiter.add_cancelled if cancelled else waiter.add_exception if self._failed else waiter.add_result)(self)
         if mine.get("_done_callbacks"):
-            self._owner.call_back(self)
+            self._owner.call_back(self._run_callbacks)
         return True
+
+    def _run_callbacks(self) -> None:
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except BaseException:       # a SystemExit as well: the thread is needed by others
+                _futures.LOGGER.exception("exception calling callback for %r", self)
 
     def _look(self) -> Any:
         """The value or error value of a resolved mirai. Whoever is first rebuilds it, outside the lock: that runs
@@ -3987,6 +5474,108 @@ class Mirai(FutureOfAny):
             self._owner.remove_loop(loop)
 
 
+class Block:
+    """The outcomes of consecutive items of a map; a Mirai is made of those that somebody looks at. An outcome is None, then
+    as it came (bytes, or an error value), then a value and whether it is an error value, once looked at."""
+
+    def __init__(self, id: int, n: int, owner: Any, on_value: Any = None, on_error: Any = None) -> None:
+        self.id, self.owner = id, owner
+        self.outcomes: list[Any] = [None] * n
+        self.left = n or 1              # unresolved; of a call whose answers are not yet counted there is one
+        self.mirais: dict[int, Mirai] = {}
+        self.waiters: list[_LoopWaiter] = []
+        self.promise = on_value, on_error
+        self.promised = on_value is not None or on_error is not None
+        self.told = bytearray(n)        # of which items the promise knows
+        self.needs: tuple[bytes, ...] = ()
+        self.size = 0
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    def resize(self, n: int) -> None:
+        """So many answers there will be, the owner's lock held."""
+        self.outcomes, self.told, self.left = [None] * n, bytearray(n), n
+
+    # -- resolving, by the owner
+
+    def settle(self, lo: int, outcomes: Sequence[bytes | ErrorValue]) -> list[bool]:
+        """Resolves some, the owner's lock held: which had not resolved. Runs no user code. An interrupt in between, after
+        which it is done again, leaves nothing out: what is left is counted anew."""
+        old = self.outcomes[lo:lo + len(outcomes)]
+        new = [outcome is None for outcome in old]
+        if all(new):
+            self.outcomes[lo:lo + len(outcomes)] = outcomes
+        else:
+            for i, outcome in enumerate(outcomes):
+                if old[i] is None:
+                    self.outcomes[lo + i] = outcome
+        for index in range(lo, lo + len(outcomes)) if self.mirais else ():
+            if index in self.mirais:
+                self.mirais[index].settle(self.outcomes[index])
+        self.left = self.outcomes.count(None)
+        for waiter in self.waiters:
+            waiter.add_result(None)
+        if self.promised:
+            self.owner.call_back(self._tell)
+        return new
+
+    def _tell(self) -> None:
+        """Calls the promise for those that have resolved since the last time; in the one thread that runs callbacks."""
+        for index, outcome in enumerate(self.outcomes):
+            if outcome is None or self.told[index]:
+                continue
+            self.told[index] = 1
+            value, failed = self.look(index)
+            callback = self.promise[failed]
+            try:
+                if callback is not None:
+                    callback(value)
+            except BaseException:
+                _futures.LOGGER.exception("exception calling the promise of item %d", index)
+
+    # -- looking
+
+    def look(self, index: int) -> tuple[Any, bool]:
+        """The value of a resolved item and False, or its error value and True. Runs user code, the first time."""
+        outcome = self.outcomes[index]
+        if isinstance(outcome, tuple):
+            return outcome
+        m = self.mirais.get(index)
+        if m is not None:
+            value = m.data
+            return value, m._failed
+        if isinstance(outcome, bytes):
+            value, worked = load_outcome(outcome)
+            outcome = value, not worked
+        else:
+            outcome = outcome, True
+        with self.owner.lock:
+            if not isinstance(self.outcomes[index], tuple):     # of two at once the first to finish decides
+                self.outcomes[index] = outcome
+            return self.outcomes[index]     # type: ignore[no-any-return]
+
+    def mirai(self, index: int) -> Mirai:
+        with self.owner.lock:
+            m = self.mirais.get(index)
+            if m is None:
+                m = self.mirais[index] = _Item(self, index)
+                if self.outcomes[index] is not None:
+                    m.settle(self.outcomes[index])
+            return m
+
+
+class _Item(Mirai):
+    """A mirai that is an item of a map."""
+
+    def __init__(self, block: Block, index: int) -> None:
+        super().__init__(block.id + index, block.owner)
+        self._block, self._index = block, index
+
+    def cancel(self) -> bool:
+        return bool(self._owner.cancel_items(self._block, self._index, self._index + 1, MiraiCancelled("cancelled"))[0])
+
+
 class _LoopWaiter:
     """A waiter, as `concurrent.futures` has them, that wakes an asyncio future."""
 
@@ -4009,7 +5598,7 @@ class _LoopWaiter:
 
 
 # ======================================================================
-# 12. Link: the host's end of the wire
+# 14. Link: the host's end of the wire
 # ======================================================================
 # Knows:  one connection to a dispatcher, the mirais that are under way on it.
 # Never:  what daemons are, user code.
@@ -4023,24 +5612,24 @@ _callbacks: Any = None      # the queue of the one thread that runs callbacks
 
 def _run_callbacks(queue: Any) -> None:
     while True:
-        m = queue.get()
-        for callback in m._done_callbacks:
-            try:
-                callback(m)
-            except BaseException:       # a SystemExit as well: the thread is needed by others
-                _futures.LOGGER.exception("exception calling callback for %r", m)
+        queue.get()()
 
 
 class Link:
-    """The host's end of its connection to a dispatcher. `describe_end` says how that ended, when it has."""
+    """The host's end of its connection to a dispatcher. `describe_end` says how that ended, when it has. `capacity`: how
+    many bytes of tasks may be under way."""
 
-    def __init__(self, connection: Connection, describe_end: Callable[[], str]) -> None:
+    def __init__(self, connection: Connection, describe_end: Callable[[], str], capacity: int | None = None) -> None:
         self.connection = connection
         connection.sock.setblocking(False)
         self.describe_end = describe_end
         self.lock = threading.RLock()
         self.sending = threading.RLock()        # reentrant as well: finalizers and signal handlers may use mirais
-        self.pending: dict[int, Mirai] = {}
+        self.writing = threading.RLock()        # to this process's own output
+        self.pending: dict[int, Any] = {}       # mirais, and blocks of a map's items, by the first id
+        self.blocks: dict[int, Block] = {}      # the latter alone
+        self.capacity, self.used, self.peak = capacity, 0, 0
+        self.outputs: deque[tuple[int, bytes]] = deque()        # what tasks wrote, until it is written here
         self.deadlines: list[tuple[float, int]] = []
         self.ahead: dict[bytes, list[int]] = {}     # definitions that are there -> tasks that need it, its size
         self.unneeded: dict[bytes, None] = {}       # those that no task needs now, the longest first
@@ -4067,15 +5656,21 @@ class Link:
 
     # -- sending
 
-    def submit(self, m: Mirai, task: Task, retries: int, timeout: float | None) -> None:
-        """Sends a task, and what it needs before it; MiraiConnectionReset where the dispatcher is gone."""
+    def submit(self, m: Mirai | Block, task: Task, retries: int, timeout: float | None, kind: int = Kind.TASK,
+               wait: bool = True) -> bool:
+        """Sends a task (or a unit of them), and what it needs before it; MiraiConnectionReset where the dispatcher is
+        gone. False where there is no room for it, and it is not to wait for some."""
         if self.closed is not None:
             raise MiraiConnectionReset(self.closed)
+        if not self._reserve(m, task, wait):
+            return False
         try:
             self.pending[m.id] = m
+            if isinstance(m, Block):
+                self.blocks[m.id] = m
             if task.needs:
                 self._send_ahead(m, task.needs)
-            self._send(encode_task(m.id, task.parts, task.needs, retries))
+            self._send(encode_task(kind, m.id, task.parts, task.needs, retries))
         except BaseException:
             self._forget(m)
             raise
@@ -4085,8 +5680,28 @@ class Link:
                 first = self.deadlines[0][1] == m.id
             if first:
                 self._prompt()
+        return True
 
-    def _send_ahead(self, m: Mirai, needs: Mapping[bytes, Any]) -> None:
+    def _reserve(self, m: Mirai | Block, task: Task, wait: bool) -> bool:
+        """Room for a task in the budget, which one alone may exceed."""
+        size = sum(map(len, task.parts))
+        for hash, blob in task.needs.items():
+            if hash not in self.ahead:
+                size += len(blob) if type(blob) is bytes else sum(map(len, blob))
+        while True:
+            with self.lock:
+                if self.capacity is None or not self.used or self.used + size <= self.capacity:
+                    m.size = size
+                    self.used += size
+                    self.peak = max(self.peak, self.used)
+                    return True
+            if not wait:
+                return False
+            self.wait_for(lambda: not self.used or self.used + size <= (self.capacity or 0), None)
+            if self.closed is not None:
+                raise MiraiConnectionReset(self.closed)
+
+    def _send_ahead(self, m: Mirai | Block, needs: Mapping[bytes, Any]) -> None:
         """Notes that a task needs these definitions, and sends those that are not there. Counted first and noted
         after: an interrupt in between keeps one for longer, and drops none too early."""
         for hash, blob in needs.items():
@@ -4105,12 +5720,14 @@ class Link:
                     self._send(frame)
                     held[1] = len(frame)
 
-    def _forget(self, m: Mirai) -> bool:
+    def _forget(self, m: Mirai | Block) -> bool:
         """It is under way no more; definitions that it alone needed may go, the longest unneeded first. The last large
         one stays, whatever its size: else each of a row of tasks would have it sent anew."""
         with self.lock:
             if self.pending.pop(m.id, None) is None:
                 return False
+            self.blocks.pop(m.id, None)
+            self.used -= m.size
             for hash in m.needs:
                 held = self.ahead[hash]
                 held[0] -= 1
@@ -4145,6 +5762,16 @@ class Link:
                 self._end()
                 raise MiraiConnectionReset(self.closed) from None
 
+    def hold(self, needs: Mapping[bytes, Any]) -> None:
+        """Definitions that are to stay: daemons to come will need them."""
+        with self.lock:
+            for hash in needs:
+                self.ahead.setdefault(hash, [0, 0])[0] += 1
+
+    def end_daemons(self) -> None:
+        """Those too that would wait for a next host."""
+        self._send(encode(Kind.END))
+
     def launch(self, n: int, spec: Mapping[str, Any]) -> None:
         self.launch_error = None
         self._send(encode_json(Kind.LAUNCH, {"n": n, "spec": spec}))
@@ -4175,15 +5802,26 @@ class Link:
                 self._wake_sleepers()
 
     def _take_notice(self, message: Message) -> None:
-        """What is no result."""
-        m = self.pending.get(message.id)
-        if message.kind == Kind.COUNTS:
+        """What is no result of a single task."""
+        m, kind = self.pending.get(message.id), message.kind
+        if kind == Kind.RESULTS and m is not None:
+            lo, n, _ = RESULTS_HEAD.unpack_from(message.payload)
+            self._resolve_items(m, lo, split_apart(message.payload, n, RESULTS_HEAD.size))
+        elif kind == Kind.COUNTS:
             self.counts = COUNTS.unpack(message.payload)
-        elif message.kind == Kind.NO_LAUNCH:
+        elif kind == Kind.NO_LAUNCH:
             self.launch_error = decode_json(message)["text"]
-        elif message.kind == Kind.LOST and m is not None:
+        elif kind == Kind.OUTPUT:
+            self.outputs.append((message.flags, message.payload))
+        elif kind == Kind.SIZED and m is not None:
+            m.resize(RANGE.unpack(message.payload)[1])
+        elif kind == Kind.LOST and m is not None:
             report = decode_json(message)
-            self._resolve(m, (LaunchError if report["launch"] else MiraiConnectionReset)(report["text"]))
+            error = LaunchError if report["launch"] else MiraiConnectionReset
+            if isinstance(m, Block):
+                self._resolve_items(m, report["lo"], [error(report["text"]) for _ in range(report["lo"], report["hi"])])
+            else:
+                self._resolve(m, error(report["text"]))
 
     def _wake_sleepers(self) -> None:
         """Those whose wait is over, the lock held."""
@@ -4204,6 +5842,18 @@ class Link:
             self.completed += 1
         return settled
 
+    def _resolve_items(self, block: Block, lo: int, outcomes: Sequence[bytes | ErrorValue]) -> list[bool]:
+        new = block.settle(lo, outcomes)
+        self.completed += sum(new)
+        if not block.left:
+            self._forget(block)
+        return new
+
+    def unresolved(self) -> int:
+        """How many tasks are under way."""
+        with self.lock:
+            return len(self.pending) - len(self.blocks) + sum([block.left for block in self.blocks.values()])
+
     def _end(self) -> None:
         """The connection is gone, and with it what was under way."""
         with self.lock:
@@ -4211,7 +5861,11 @@ class Link:
                 self.closed = (f"the connection to the dispatcher has ended: {self.describe_end()}; "
                                "daemons(n) sets new ones")
             for m in list(self.pending.values()):
-                self._resolve(m, MiraiConnectionReset(self.closed))
+                if isinstance(m, Block):
+                    self._resolve_items(m, 0, [MiraiConnectionReset(self.closed) for _ in m.outcomes])
+                    self._forget(m)
+                else:
+                    self._resolve(m, MiraiConnectionReset(self.closed))
             self.counts = (0, *self.counts[1:2], 0, 0, self.counts[4])
             self._wake_sleepers()
 
@@ -4238,7 +5892,22 @@ class Link:
             finally:
                 self.reader = 0
                 self._hand_over()
+            if self.outputs:
+                self.write_outputs()
+        if self.outputs:
+            self.write_outputs()
         return True
+
+    def write_outputs(self) -> None:
+        """Writes here what tasks wrote; whoever waits does so before it goes on, else the link's own thread."""
+        with self.writing:
+            while self.outputs:
+                stream, data = self.outputs[0]
+                file = sys.stdout if stream == 1 else sys.stderr
+                with contextlib.suppress(OSError, ValueError, AttributeError):      # closed, or none
+                    file.write(data.decode(errors="backslashreplace"))
+                    file.flush()
+                self.outputs.popleft()
 
     def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
         if self.connection.decoder.chunks:
@@ -4321,6 +5990,8 @@ class Link:
                 else:
                     left_at = self.reads    # left to them, unless nothing has come of it by the next time
                 dozing = True               # nobody waits for what comes next, or they read it
+            if self.outputs and not self.reader:
+                self.write_outputs()
 
     def _send_left(self) -> float:
         """Sends what was left to be sent, unless somebody is sending; seconds until that is worth another try."""
@@ -4342,8 +6013,12 @@ class Link:
             while self.deadlines and (self.deadlines[0][0] <= now or self.deadlines[0][1] not in self.pending):
                 overdue.append(self.pending.get(heapq.heappop(self.deadlines)[1]))
             left = self.deadlines[0][0] - now if self.deadlines else math.inf
-        for m in filter(None, overdue):
-            self.cancel(m, MiraiTimeout("the mirai did not resolve within its _timeout"))
+        for m in overdue:
+            error = MiraiTimeout("the mirai did not resolve within its _timeout")
+            if isinstance(m, Block):
+                self.cancel_items(m, 0, len(m), error)
+            elif m is not None:
+                self.cancel(m, error)
         return left
 
     def _prompt(self) -> None:
@@ -4358,9 +6033,21 @@ class Link:
             if not self._resolve(m, error):
                 return False
         self._rouse()
-        self.connection.leave(encode(Kind.CANCEL, m.id))    # not sent here: another thread may be in a long send
-        self._prompt()
+        self._leave_cancel(m.id, 0, 1)
         return True
+
+    def cancel_items(self, block: Block, lo: int, hi: int, error: ErrorValue) -> list[bool]:
+        with self.lock:
+            new = self._resolve_items(block, lo, [type(error)(*error.args) for _ in range(lo, hi)])
+        if any(new):
+            self._rouse()
+            self._leave_cancel(block.id, lo, hi)
+        return new
+
+    def _leave_cancel(self, id: int, lo: int, hi: int) -> None:
+        """Not sent here: another thread may be in a long send."""
+        self.connection.leave(encode(Kind.CANCEL, id, RANGE.pack(lo, hi)))
+        self._prompt()
 
     def watched(self, callback: bool) -> None:
         global _callbacks
@@ -4372,9 +6059,9 @@ class Link:
             self.eager = True
             self._prompt()
 
-    def call_back(self, m: Mirai) -> None:
+    def call_back(self, job: Callable[[], None]) -> None:
         if _callbacks is not None:      # else a forked child's, whose parent runs them
-            _callbacks.put(m)
+            _callbacks.put(job)
 
     def add_loop(self, loop: Any) -> None:
         with self.lock:
@@ -4430,17 +6117,21 @@ class Link:
     def forget(self) -> None:
         """In a forked child of the host, whose threads and connections stayed behind: nothing comes any more.
         The locks may be held by threads that do not exist here, and are made anew."""
-        self.lock, self.sending = threading.RLock(), threading.RLock()
+        self.lock, self.sending, self.writing = threading.RLock(), threading.RLock(), threading.RLock()
         self.closed = "the host process was forked; its daemons are its parent's"
         self.loops.clear()
         for m in self.pending.values():
             m.__dict__.pop("_waiters", None)        # their locks may be held by threads that do not exist here
+        for block in self.blocks.values():
+            block.waiters.clear()
+            for m in block.mirais.values():
+                m.__dict__.pop("_waiters", None)
         self._end()
         self._close_descriptors()
 
 
 # ======================================================================
-# 13. Profiles: daemons, status, the current profile
+# 15. Profiles: daemons, status, the current profile
 # ======================================================================
 # Knows:  dispatchers to start, links, the host's environment.
 # Never:  scheduling rules, frames.       Thread: any; `_setting` is held while a profile is set or reset.
@@ -4448,7 +6139,8 @@ class Link:
 Info = collections.namedtuple("Info", "connections cumulative awaiting executing completed")
 
 _setting = threading.RLock()
-_profiles: dict[str, _Profile] = {}
+_profiles: dict[str, Any] = {}                  # a _Profile, or a _SyncProfile
+_fixed_chunk: list[int | None] = [None]         # how many items of a map to give at once, for those who measure
 _ephemeral: list[_Profile] = []                 # the one that runs tasks where no daemons are set
 _nursery: list[NurseryHandle] = []              # the one of this process
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("mirai_profile", default="default")
@@ -4457,21 +6149,51 @@ _THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", 
                   "VECLIB_MAXIMUM_THREADS")
 
 
-class _Profile:
+class _Streams:
+    """A profile's random streams: each of its mirais has the next, where there is a seed."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seeded = seed is not None
+        self._stream = random_stream() if seed is None else seed_stream(seed)
+        self._lock = threading.Lock()
+
+    def next_stream(self, n: int = 1) -> Stream[int, ...] | None:
+        """The first of the next n; None without a seed."""
+        return self.take_stream(n) if self.seeded else None
+
+    def take_stream(self, n: int = 1) -> Stream[int, ...]:
+        with self._lock:
+            stream = self._stream
+            self._stream = advance_stream(stream, n)
+            return stream
+
+
+class _Profile(_Streams):
     """A set of daemons: their dispatcher, and the link to it."""
 
-    def __init__(self, name: str, url: str | None, key: bytes, hooks: Hooks | None, elastic: bool) -> None:
-        self.name, self.hooks = name, hooks
+    def __init__(self, name: str, url: str | None, key: bytes, hooks: Hooks | None, elastic: bool = False,
+                 direct: bool = False, seed: int | None = None, memory: int | None = None) -> None:
+        super().__init__(seed)
+        self.name, self.hooks, self.direct = name, hooks, direct
+        self.n = 0
         self.nursery = _get_nursery()
-        self.job, self.url = self.nursery.start({"url": url or local_url(), "key": key.hex(), "elastic": elastic})
+        self.dispatcher: Dispatcher | None = None
+        spec = {"url": url or local_url(), "key": key.hex(), "elastic": elastic, "direct": direct,
+                "fixed": _fixed_chunk[0]}
+        if direct:
+            self.job, self.url, self.dispatcher, sock = self.nursery.start_direct(spec)
+        else:
+            self.job, self.url = self.nursery.start(spec)
         try:
-            self.link = Link(dial(self.url, key, "host", {}), lambda: self.nursery.describe_end(self.job, 1.0))
+            connection = Connection(sock) if direct else dial(self.url, key, "host", {})
+            self.link = Link(connection, lambda: self.nursery.describe_end(self.job, 1.0), memory)
         except BaseException:
             self.nursery.kill(self.job)
             raise
         self.path = import_path()       # what its daemons have: a task is sent the host's where that has changed
         self.spec: Mapping[str, Any] = {}
         self.registered = dict(_registered)
+        self.streams = random_stream()  # of its daemons
 
     def changed_path(self) -> list[str] | None:
         return None if sys.path == self.path else import_path()
@@ -4480,7 +6202,8 @@ class _Profile:
         """Adds n local daemons; returns when they are ready. LaunchError with their last words where they won't be."""
         link = self.link
         wanted = link.counts[1] + n     # those that ever joined: some may have left again
-        link.launch(n, _daemon_spec(n, options))
+        link.launch(n, _daemon_spec(n, options, self.streams))
+        self.n += n
         link.wait_for(lambda: link.counts[1] >= wanted or link.launch_error is not None,
                       time.monotonic() + START_TIME + n)
         if link.counts[1] < wanted:
@@ -4491,17 +6214,171 @@ class _Profile:
         """For processes still to come, today's environment and directory; and what has been registered since."""
         if self.registered != _registered:
             self.registered, self.hooks = dict(_registered), make_hooks(None)
-        spec = _daemon_spec(1, {"maxtasks": 1})
+        spec = _daemon_spec(1, {"maxtasks": 1}, self.streams)
         if spec != self.spec:
             self.link.launch(0 if self.spec else EPHEMERAL_PER_CPU * cpu_count(), spec)
             self.spec = spec
 
-    def close(self) -> None:
-        """Ends the dispatcher and its daemons, and waits for that."""
+    def forget(self) -> None:
+        """In a forked child of the host."""
+        self.link.forget()
+        if self.dispatcher is not None:
+            self.dispatcher.close()
+
+    def close(self, all: bool = False) -> None:
+        """Ends the dispatcher and its daemons, `all` of them or those that do not wait for a next host; waits for that."""
+        if all:
+            with contextlib.suppress(MiraiConnectionReset):
+                self.link.end_daemons()
         self.link.close(f"the daemons of profile {self.name!r} were reset")
         if not self.nursery.wait_ended(self.job, CLOSE_TIME):
             self.nursery.kill(self.job)
             self.nursery.wait_ended(self.job, CLOSE_TIME)
+
+
+class _HereLink:
+    """In the place of a link, of a profile whose tasks are evaluated in this process, as they are submitted. They go
+    through the serializer all the same, so that they get copies, as on a daemon."""
+
+    capacity = launch_error = None
+    used = peak = 0
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.completed = 0
+        self.closed: str | None = None
+        self.base = copy_namespaces()       # what `everywhere` calls have left in them
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return 1, 1, 0, 0, self.completed
+
+    def unresolved(self) -> int:
+        return 0
+
+    def submit(self, m: Any, task: Task, retries: int, timeout: float | None, kind: int = Kind.TASK,
+               wait: bool = True) -> bool:
+        for hash, blob in task.needs.items():
+            receive_definition(hash, blob if isinstance(blob, bytes) else b"".join(blob))
+        try:
+            with self.lock, self._as_daemon(kind), _ctrl_c() as pressed:
+                outcomes = self._evaluate(kind, b"".join(task.parts), pressed)
+        finally:
+            for hash in task.needs:
+                receive_definition(hash, None)
+        if kind == Kind.EVERYWHERE:
+            m.resize(1)
+        with self.lock:
+            if kind == Kind.TASK:
+                m.settle(outcomes[0])
+            else:
+                m.settle(0, outcomes)
+            self.completed += len(outcomes)
+        if pressed:
+            raise KeyboardInterrupt
+        return True
+
+    def _evaluate(self, kind: int, payload: bytes, pressed: list[int]) -> list[bytes]:
+        if kind != Kind.UNIT:
+            return [(evaluate_everywhere if kind == Kind.EVERYWHERE else evaluate)(payload)]
+        items = Items(payload)
+        items.begin()
+        stopped = dump_failure(KeyboardInterrupt())
+        return [stopped if pressed else items.evaluate(index) for index in range(items.n)]
+
+    @contextlib.contextmanager
+    def _as_daemon(self, kind: int) -> Iterator[None]:
+        """The host's own state is afterwards as it was."""
+        before, surroundings = dict(_here), Surroundings()
+        surroundings.namespaces = self.base
+        _here.update(evaluating=True, map=kind == Kind.UNIT)
+        try:
+            restore_namespaces(self.base)
+            with generators_restored():
+                yield
+        finally:
+            _here.update(before)
+            if kind == Kind.EVERYWHERE:
+                self.base = surroundings.namespaces = copy_namespaces()
+            surroundings.restore()
+
+    def hold(self, needs: Mapping[bytes, Any]) -> None:
+        """No daemons are to come."""
+
+    def watched(self, callback: bool) -> None:
+        """Nothing is ever waited for."""
+
+    def wait(self, m: Mirai, deadline: float | None) -> bool:
+        return m.done()
+
+    def wait_for(self, done: Callable[[], bool], deadline: float | None) -> bool:
+        return done()
+
+    def call_back(self, job: Callable[[], None]) -> None:
+        job()
+
+    def cancel(self, m: Mirai, error: ErrorValue) -> bool:
+        return False
+
+    def cancel_items(self, block: Block, lo: int, hi: int, error: ErrorValue) -> list[bool]:
+        return [False] * (hi - lo)
+
+    def add_loop(self, loop: Any) -> None:
+        """Nothing is read."""
+
+    def remove_loop(self, loop: Any) -> None:
+        """Nothing was."""
+
+    def end_daemons(self) -> None:
+        """There are none."""
+
+    def close(self, why: str) -> None:
+        self.closed = why
+        restore_namespaces({})
+        _held.clear()
+
+    forget = end_daemons
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """Interrupts what is evaluated here, and says so: it is for the user's own code as well."""
+    pressed: list[int] = []
+
+    def interrupt(signum: int, frame: Any) -> None:
+        pressed.append(signum)
+        raise KeyboardInterrupt
+
+    mine = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    if mine:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield pressed
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _SyncProfile(_Streams):
+    """Where there are no daemons, and tasks are evaluated in this process."""
+
+    url, n, direct = "sync", 0, True
+
+    def __init__(self, name: str, seed: int | None) -> None:
+        super().__init__(seed)
+        self.name = name
+        self.link = _HereLink()
+        self.hooks = make_hooks(None)
+
+    def changed_path(self) -> None:
+        """It is the same process."""
+
+    def close(self, all: bool = False) -> None:
+        self.link.close("reset")
+
+    def forget(self) -> None:
+        """Nothing is the parent's."""
 
 
 def _get_nursery() -> NurseryHandle:
@@ -4534,7 +6411,7 @@ def _after_fork() -> None:
     global _setting, _making, _callbacks
     _setting, _making, _callbacks = threading.RLock(), threading.RLock(), None
     for profile in [*_profiles.values(), *_ephemeral]:
-        profile.link.forget()
+        profile.forget()
     for nursery in _nursery:
         nursery.forget()
     _profiles.clear()
@@ -4547,7 +6424,7 @@ def import_path() -> list[str]:
     return [entry for entry in sys.path if type(entry) is str]
 
 
-def _daemon_spec(n: int, options: Mapping[str, Any]) -> dict[str, Any]:
+def _daemon_spec(n: int, options: Mapping[str, Any], streams: Stream[int, ...]) -> dict[str, Any]:
     """What local daemons are started with: the host's environment, directory, path and limits, as they are now."""
     env = {name: value for name, value in os.environ.items() if name != "MIRAI_KEY"}
     threads = "" if all(name in env for name in _THREAD_LIMITS) else str(max(1, cpu_count() // max(1, n)))
@@ -4561,8 +6438,8 @@ def _daemon_spec(n: int, options: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(ImportError):
         import resource
         nofile = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return {"env": env, "cwd": cwd, "path": import_path(), "nofile": nofile,
-            "options": {name: value for name, value in options.items() if value != math.inf}}
+    return {"env": env, "cwd": cwd, "path": import_path(), "nofile": nofile, "stream": streams,
+            "options": {name: value for name, value in options.items() if value != math.inf and name != "asyncdial"}}
 
 
 def cpu_count() -> int:
@@ -4609,44 +6486,89 @@ class Daemons:
         return f"<daemons {self.compute!r}: {state}>"
 
 
-def daemons(n: int | str | None = _MISSING, url: str | None = None, *,
-            serial: SerialConfig | Sequence[SerialConfig] | None = None, key: str | bytes | None = None,
-            compute: str | None = None, **daemon_options: Any) -> Daemons:
+def daemons(n: int | str | None = _MISSING, url: str | None = None, remote: Any = None, dispatcher: bool = True, *,
+            sync: bool = False, seed: int | None = None,
+            serial: SerialConfig | Sequence[SerialConfig] | None = None, tls: Any = None, pass_: Any = None,
+            memory: int | None = None, key: str | bytes | None = None, compute: str | None = None,
+            **daemon_options: Any) -> Daemons:
     """Sets n local daemons, persistent background processes that evaluate mirais; resets those set before.
 
-    n: how many (`"auto"`: `cpu_count()`); 0 or None ends them: what is unresolved becomes a
-    `MiraiConnectionReset`, and `mirai()` has processes of its own again. url: where the dispatcher listens,
-    `'tcp://127.0.0.1:0'` or `'ipc:///path'`, so that daemons can also be started by hand; with a url n may be
-    left out. serial: for types that pickle can't carry, from `serial_config()`; by default what `register_serial()`
-    was given. key: what they prove themselves by, 64 hexadecimal digits or 32 bytes; random by default.
-    compute: the profile, an independent set of daemons; the current one by default. daemon_options: as for
-    `daemon()`: idletime, walltime, maxtasks.
+    n: how many (`"auto"`: the CPUs there are); 0 or None ends them: what is unresolved becomes a
+    `MiraiConnectionReset`, and `mirai()` has processes of its own again. None also ends daemons of `autoexit=False`, which
+    else wait for a next host. url: where the dispatcher listens, `'tcp://127.0.0.1:0'` or `'ipc:///path'`, so that
+    daemons can also be started by hand; with a url n may be left out. dispatcher: False: daemons connect to this process,
+    and each has a queue of its own, to which tasks go in turn; the least of processes, good where tasks take much the
+    same time. sync: evaluate mirais in this process, at the call, for testing and debugging; disregards all but seed and
+    compute. seed: 32 bits: each mirai and each item of a map has a random stream of its own, whatever daemon evaluates
+    it, so that results can be reproduced; else each daemon has one. serial: for types that pickle can't carry, from
+    `serial_config()`; by default what `register_serial()` was given; needs the dispatcher. memory: bytes of tasks that
+    may be under way: `mirai()` waits for room, `try_mirai()` gives None. key: what daemons prove themselves by, 64
+    hexadecimal digits or 32 bytes; random by default. compute: the profile, an independent set of daemons; the current
+    one by default. daemon_options: as for `daemon()`. remote, tls, pass_: for other machines, which this version does
+    not reach.
 
     Returns when the local daemons are ready: a `Daemons`, true when set, also for `with daemons(2): ...`.
     Raises LaunchError, an OSError, with the last words of what could not be started or could not listen at the url;
-    TypeError or ValueError for arguments that make no sense.
+    TypeError or ValueError for arguments that make no sense; RuntimeError in an item of a map, see `mirai_map()`.
     """
     name = _current.get() if compute is None else compute
+    if sync:
+        streams = _SyncProfile(name, seed)
+        return _set(name, lambda: streams, 0)
     count = _check_n(n, url)
-    check_daemon_options(daemon_options)
+    if {"remote": remote, "tls": tls, "pass_": pass_} != {"remote": None, "tls": None, "pass_": None}:
+        raise ValueError("remote, tls and pass_ are for other machines, which this version does not reach")
+    _check_options(daemon_options, url, key)
+    _check_budget(memory, seed)
+    if serial is not None and not dispatcher:
+        raise ValueError("serial needs the dispatcher; register_serial() does without")
     if url is not None:
         parse_url(url)
+    if count and _here["map"]:
+        raise RuntimeError("daemons(n) in an item of a map would start n daemons for each; where that is meant use "
+                           "daemons(url=local_url()); launch_local(n)")
     parsed = os.urandom(32) if key is None else parse_key(key)
     hooks = make_hooks(serial)
+    if n == 0 or n is None:
+        return _set(name, None, -1, n is None)
+    return _set(name, lambda: _new_profile(count, daemon_options, name, url, parsed, hooks, False, not dispatcher, seed,
+                                           memory), count)
+
+
+def _set(name: str, make: Callable[[], Any] | None, count: int, all: bool = False) -> Daemons:
+    """Resets a profile, and sets it anew."""
     with _setting:
         if name in _profiles:
-            _profiles.pop(name).close()
-        if n == 0 or n is None:
-            return Daemons(name, -1)
-        profile = _Profile(name, url, parsed, hooks, elastic=False)
-        try:
-            if count:
-                profile.launch(count, daemon_options)
-        except BaseException:
-            profile.close()
-            raise
-        _profiles[name] = profile
+            _profiles.pop(name).close(all)
+        if make is not None:
+            _profiles[name] = make()
     return Daemons(name, count)
+
+
+def _new_profile(n: int, options: Mapping[str, Any], *settings: Any) -> _Profile:
+    profile = _Profile(*settings)
+    try:
+        if n:
+            profile.launch(n, options)
+    except BaseException:
+        profile.close()
+        raise
+    return profile
+
+
+def _check_options(options: Mapping[str, Any], url: str | None, key: Any) -> None:
+    check_daemon_options(options)
+    if options.get("autoexit", True) is False and (url is None or key is None):
+        raise ValueError("autoexit=False is for a next host, which needs the same url= and key=: give both")
+    if options.get("rs") is not None:
+        raise ValueError("rs= is for one daemon, on its command line; daemons() gives each a stream of its own")
+
+
+def _check_budget(memory: Any, seed: Any) -> None:
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0):
+        raise ValueError(f"memory={memory!r}: expected bytes above 0, or None for no limit")
+    if seed is not None:
+        seed_stream(seed)
 
 
 def _check_n(n: Any, url: str | None) -> int:
@@ -4668,7 +6590,7 @@ def _check_n(n: Any, url: str | None) -> int:
     return n
 
 
-def _find(compute: str | None) -> _Profile | None:
+def _find(compute: str | None) -> Any:
     return _profiles.get(_current.get() if compute is None else compute)
 
 
@@ -4693,20 +6615,41 @@ def launch_local(n: int = 1, *, compute: str | None = None, **daemon_options: An
         raise ValueError(f"n={n!r}: expected an integer above 0")
     check_daemon_options(daemon_options)
     profile = _find(compute)
-    assert profile is not None
+    if isinstance(profile, _SyncProfile):
+        raise RuntimeError("the profile evaluates mirais in this process: it has no daemons")
     profile.launch(n, daemon_options)
     return n
 
 
+def nextstream(compute: str | None = None) -> list[int] | None:
+    """The profile's next random stream, as R's `.Random.seed` has it (seven integers), which also advances it; None where
+    no daemons are set. For those who start daemons in ways of their own: `daemon(rs=)` takes it."""
+    profile = _find(compute)
+    return None if profile is None else stream_to_r(profile.take_stream())
+
+
+def nextget(x: str, compute: str | None = None) -> Any:
+    """An item of a profile, None where there is none: `"n"` (daemons launched), `"url"` (which they dial),
+    `"dispatcher"` (the same, where there is one), `"tls"`."""
+    if x not in ("n", "url", "dispatcher", "tls"):
+        raise ValueError(f"x={x!r}: expected 'n', 'url', 'dispatcher' or 'tls'")
+    profile = _find(compute)
+    if profile is None or x == "tls":
+        return None
+    return profile.n if x == "n" else None if x == "dispatcher" and profile.direct else profile.url
+
+
 def status(compute: str | None = None) -> dict[str, Any]:
-    """`connections` (daemons connected now), `daemons` (the URL they dial; 0 where none are set) and `mirai`, how
-    many are awaiting, executing and completed. Asks nobody: it is what the dispatcher said last, 20 ms ago at most."""
+    """`connections` (daemons connected now), `daemons` (the URL they dial; 0 where none are set), `mirai`, how many are
+    awaiting, executing and completed, and `memory`, bytes of the tasks under way: used, at their peak, and the capacity
+    (None: no limit). Asks nobody: it is what the dispatcher said last, 20 ms ago at most."""
     profile = _find(compute)
     found = info(compute)
     if profile is None or found is None:
         return {"connections": 0, "daemons": 0}
     return {"connections": found.connections, "daemons": profile.url,
-            "mirai": {"awaiting": found.awaiting, "executing": found.executing, "completed": found.completed}}
+            "mirai": {"awaiting": found.awaiting, "executing": found.executing, "completed": found.completed},
+            "memory": {"used": profile.link.used, "peak": profile.link.peak, "capacity": profile.link.capacity}}
 
 
 def info(compute: str | None = None) -> Info | None:
@@ -4716,7 +6659,7 @@ def info(compute: str | None = None) -> Info | None:
         return None
     link = profile.link
     connections, cumulative, _, executing, _ = link.counts
-    unresolved = len(link.pending)
+    unresolved = link.unresolved()
     executing = min(executing, unresolved)
     return Info(connections, cumulative, unresolved - executing, executing, link.completed)
 
@@ -4769,12 +6712,24 @@ def local_daemons(compute: str) -> None:
 
 
 # ======================================================================
-# 14. mirai, map, collect: the verbs
+# 16. mirai, map, collect: the verbs
 # ======================================================================
 # Knows:  profiles, mirais.
 # Never:  sockets, messages.
 
 _ids = itertools.count(1)
+_numbering = threading.Lock()
+_OPTIONS = ("_timeout", "_retries", "_compute", "_star", "_promise", "_min")
+
+
+def _take_ids(n: int) -> int:
+    """The first of n consecutive ids, all larger than those taken before."""
+    global _ids
+    with _numbering:
+        first = next(_ids)
+        if n:
+            _ids = itertools.count(first + n)
+        return first
 
 
 def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float | None = None, _retries: int = 0,
@@ -4794,12 +6749,26 @@ def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float
         >>> mirai("a + b", a=1, b=2).result()
         3
     """
-    _check_task(f, args, kwargs, _timeout, _retries)
-    profile = _find(_compute) or _ephemeral_profile()
-    task = dump_task(f, args, kwargs, profile.changed_path(), profile.hooks)
-    m = Mirai(next(_ids), profile.link)
-    profile.link.submit(m, task, _retries, _timeout)
+    m = _submit(f, args, kwargs, _timeout, _retries, _compute, True)
+    assert m is not None
     return m
+
+
+def try_mirai(f: Callable[..., Any] | str, /, *args: Any, _timeout: float | None = None, _retries: int = 0,
+              _compute: str | None = None, **kwargs: Any) -> Mirai | None:
+    """As `mirai()`, but None at once where the profile's `memory` budget has no room for the task, instead of waiting."""
+    return _submit(f, args, kwargs, _timeout, _retries, _compute, False)
+
+
+def _submit(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None, retries: int,
+            compute: str | None, wait: bool) -> Mirai | None:
+    _check_task(f, args, kwargs, timeout, retries)
+    profile = _find(compute) or _ephemeral_profile()
+    task = dump_task(f, args, kwargs, profile.changed_path(), profile.hooks)
+    m = Mirai(_take_ids(1), profile.link)
+    if profile.seeded:
+        task = seeded(task, profile.next_stream())
+    return m if profile.link.submit(m, task, retries, timeout, Kind.TASK, wait) else None
 
 
 def _check_task(f: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: Any, retries: Any) -> None:
@@ -4819,19 +6788,30 @@ def _check_task(f: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeou
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= 65535:
         raise ValueError(f"_retries={retries!r}: expected an integer from 0")
     for name in kwargs:
-        if name.startswith("_"):
+        if name.startswith("_") and name not in _OPTIONS:
             import difflib
-            near = difflib.get_close_matches(name, ("_timeout", "_retries", "_compute"), 1, 0.75)
+            near = difflib.get_close_matches(name, _OPTIONS, 1, 0.75)
             if near:
                 raise TypeError(f"there is no option {name!r}; did you mean {near[0]!r}?")
 
 
-def mirai_map(items: Iterable[Any] | Mapping[Any, Any], f: Callable[..., Any], /, *args: Any,
-              _timeout: float | None = None, _retries: int = 0, _compute: str | None = None,
-              **kwargs: Any) -> MiraiMap:
-    """`f(item, *args, **kwargs)` for every item, on daemons: a `MiraiMap`. A mapping keeps its keys.
+def mirai_map(items: Any, f: Callable[..., Any], /, *args: Any, _star: bool = False, _promise: Any = None,
+              _timeout: float | None = None, _retries: int = 0, _compute: str | None = None, **kwargs: Any) -> MiraiMap:
+    """`f(item, *args, **kwargs)` for every item, on daemons: a `MiraiMap`, at once.
 
-    _timeout, _retries, _compute: as for `mirai()`, for each item. Raises RuntimeError where no daemons are set.
+    items: a collection; a mapping, whose keys the results then have; a table (2-D numpy array, pandas or polars
+    DataFrame, Arrow table), mapped over its rows: `f(*row, …)`, or `f(**row, …)` where columns have names. Items that have
+    no length (a generator, `itertools.count()`) are taken a bounded number ahead of whoever consumes the results.
+    Items go to daemons several at a time where they are short; each has its own outcome, error, timeout and retries all
+    the same. args, kwargs: sent once to each daemon, and loaded there once where they are large (64 KiB): not to be
+    changed by `f`. _star: `f(*item, …)` for tuples and lists, `f(**item, …)` for mappings. _promise: a function, or a pair
+    of them (either may be None), called with each value, and with each error value, as they come, in a thread of
+    mirai's own. _timeout, _retries, _compute: as for `mirai()`, for each item.
+
+    Raises RuntimeError where no daemons are set; TypeError where f or an item can't be serialized, with the path to it.
+
+        >>> mirai_map([1, 2, 3], pow, 2)[:]
+        [1, 4, 9]
     """
     if not callable(f):
         raise TypeError(f"can't map {f!r}: expected a callable, called as f(item, *args, **kwargs)")
@@ -4839,91 +6819,406 @@ def mirai_map(items: Iterable[Any] | Mapping[Any, Any], f: Callable[..., Any], /
     _check_task(f, args, kwargs, _timeout, _retries)
     profile = _find(_compute)
     assert profile is not None
-    names = list(items) if isinstance(items, collections.abc.Mapping) else None
-    values = list(items.values()) if isinstance(items, collections.abc.Mapping) else list(items)
-    constant = dump_constant(f, args, kwargs, profile.changed_path(), profile.hooks)
-    made: list[Mirai] = []
-    try:
-        for i, value in enumerate(values):
-            task = dump_item(constant, (value,), {}, profile.hooks, f"items[{i if names is None else names[i]!r}]")
-            made.append(Mirai(next(_ids), profile.link))
-            profile.link.submit(made[-1], task, _retries, _timeout)
-    except BaseException:
-        stop_mirai(made)
-        raise
-    return MiraiMap(made, names)
+    source = _source(items, _star)
+    constant = dump_constant(f, args, kwargs, profile.changed_path(), source.shape, profile.hooks)
+    return MiraiMap(_MapFeed(profile, constant, source, _retries, _timeout, _check_promise(_promise)))
+
+
+def everywhere(f: Callable[..., Any] | str, /, *args: Any, _min: int = 1, _compute: str | None = None,
+               **kwargs: Any) -> MiraiMap:
+    """Evaluates `f(*args, **kwargs)`, or source text, once on every daemon: a `MiraiMap` of one item a daemon.
+
+    What it changes there stays, whatever `cleanup` says: names that it assigns (as source: all of them, and the kwargs;
+    as a function: those it declares `global`), imports, sys.path, the environment, the working directory. Tasks submitted
+    later begin on a daemon only after it has run there; daemons that join later run all these calls first, save those
+    that failed on every daemon. One that fails on such a newcomer alone ends it, as a failed launch. It does not advance
+    the `seed` stream. _min: evaluate on so many daemons at least, and wait for them to join.
+
+    Raises RuntimeError where no daemons are set, TypeError as `mirai()`.
+    """
+    require_daemons(_compute)
+    _check_task(f, args, kwargs, None, 0)
+    if isinstance(_min, bool) or not isinstance(_min, int) or not 0 < _min <= SLOTS:
+        raise ValueError(f"_min={_min!r}: expected an integer above 0")
+    profile = _find(_compute)
+    assert profile is not None
+    link = profile.link
+    task = dump_task(f, args, kwargs, profile.changed_path(), profile.hooks)
+    block = Block(_take_ids(SLOTS), 0, link)
+    link.hold(task.needs)
+    link.submit(block, task, _min, None, Kind.EVERYWHERE)
+    link.wait_for(lambda: len(block) > 0, time.monotonic() + START_TIME)
+    return MiraiMap(_Answers(link, block))
+
+
+def _check_promise(promise: Any) -> tuple[Any, Any]:
+    pair = promise if isinstance(promise, (tuple, list)) else (promise, None)
+    if len(pair) != 2 or not all(each is None or callable(each) for each in pair):
+        raise TypeError(f"_promise={promise!r}: expected a function of the value, or a pair of functions, of the value and "
+                        "of the error value")
+    return pair[0], pair[1]
+
+
+# -- what is mapped over
+
+_Source = collections.namedtuple("_Source", "values names keyed shape")     # a list, or an iterator; labels or None; whether
+                                                                            # they are keys; see dump_constant
+
+
+def _source(items: Any, star: bool) -> _Source:
+    """Whatever can be mapped over, as one list or iterator of items."""
+    table = None if star else _table(items)
+    if table is not None:
+        return table
+    shape = () if star else None
+    if isinstance(items, collections.abc.Mapping):
+        return _Source(_starred(list(items.values()), star), list(items), True, shape)
+    if isinstance(items, (str, bytes)):
+        raise TypeError(f"items={items!r}: text would be mapped letter by letter; list(…) it if that is meant")
+    if not isinstance(items, collections.abc.Iterator) and hasattr(items, "__len__"):
+        return _Source(_starred(list(items), star), None, False, shape)
+    return _Source(map(_check_star, items) if star else iter(items), None, False, shape)
+
+
+def _starred(values: list[Any], star: bool) -> list[Any]:
+    return [_check_star(value) for value in values] if star else values
+
+
+def _check_star(item: Any) -> Any:
+    if not isinstance(item, (tuple, list, collections.abc.Mapping)):
+        raise TypeError(f"_star=True unpacks tuples, lists and mappings, not {item!r}")
+    return item
+
+
+def _table(items: Any) -> _Source | None:
+    """The rows of a table, of a kind whose package the user has imported."""
+    kind = {cls.__module__.partition(".")[0] + "." + cls.__name__ for cls in type(items).__mro__}
+    labels = None
+    if "numpy.ndarray" in kind and items.ndim == 2:
+        return _Source([tuple(row) for row in items], None, False, ())
+    if "pandas.DataFrame" in kind:
+        rows, columns = list(items.itertuples(index=False, name=None)), list(items.columns)
+        labels = list(items.index)
+    elif "polars.DataFrame" in kind:
+        rows, columns = items.rows(), list(items.columns)
+    elif "pyarrow.Table" in kind or "pyarrow.RecordBatch" in kind:
+        columns = list(items.schema.names)
+        rows = list(zip(*[items.column(i).to_pylist() for i in range(len(columns))]))
+    else:
+        return None
+    named = all(isinstance(name, str) and name.isidentifier() for name in columns) and len({*columns}) == len(columns)
+    return _Source(rows, labels, False, tuple(columns) if named and columns else ())
+
+
+class _Answers:
+    """The one block of an `everywhere` call; what a map's `_MapFeed` is to maps."""
+
+    names, keyed, lazy, exhausted = None, False, False, True
+
+    def __init__(self, link: Any, block: Block) -> None:
+        self.link, self.blocks = link, [block]
+
+    def pull(self, taken: int) -> None:
+        """There is nothing more to come."""
+
+
+class _MapFeed:
+    """Turns what is mapped over into blocks that are under way: all at once, or a window ahead of whoever consumes."""
+
+    def __init__(self, profile: Any, constant: Constant, source: _Source, retries: int, timeout: float | None,
+                 promise: tuple[Any, Any]) -> None:
+        self.profile, self.link, self.constant = profile, profile.link, constant
+        self.names, self.keyed = source.names, source.keyed
+        self.retries, self.timeout, self.promise = retries, timeout, promise
+        self.blocks: list[Block] = []
+        self.total = 0                  # items taken so far
+        self.id = _take_ids(0)
+        self.lazy = not isinstance(source.values, list)
+        self.exhausted = not self.lazy
+        self.window = 4 * max(1, self.link.counts[0])
+        self.lock = threading.RLock()
+        if self.lazy:
+            self.source = source.values
+            self.pull(0)
+        else:
+            self._send_all(source.values)
+
+    def _send_all(self, values: list[Any]) -> None:
+        try:
+            for start in range(0, len(values), UNIT_ITEMS):
+                self._send(values[start:start + UNIT_ITEMS])
+        except BaseException:
+            for block in self.blocks:
+                self.link.cancel_items(block, 0, len(block), MiraiCancelled("cancelled"))
+            raise
+
+    def _name(self, index: int) -> str:
+        return f"items[{index if self.names is None else self.names[index]!r}]"
+
+    def _send(self, values: list[Any]) -> None:
+        start, stream = self.total, self.profile.next_stream(len(values))
+        for n, task in dump_units(self.constant, self.id, values, lambda i: self._name(start + i), stream):
+            block = Block(_take_ids(n), n, self.link, *self.promise)
+            if block.promised:
+                self.link.watched(True)
+            self.link.submit(block, task, self.retries, self.timeout, Kind.UNIT)
+            self.blocks.append(block)
+            self.total += n
+
+    def pull(self, taken: int) -> None:
+        """Of a generator, takes more: `taken` have been consumed. A window that has run dry is too small, and grows."""
+        with self.lock:
+            if self.exhausted:
+                return
+            under_way = sum([block.left for block in self.blocks])
+            if not under_way and self.total:
+                self.window = min(2 * self.window, WINDOW_MOST)
+            ahead = max(self.total - taken, under_way)
+            if 2 * ahead > self.window or sum([block.size for block in self.blocks if block.left]) > WINDOW_BYTES:
+                return
+            values: list[Any] = []
+            try:
+                values.extend(itertools.islice(self.source, min(self.window - ahead, UNIT_ITEMS)))
+            except BaseException:
+                self.exhausted = True
+                raise
+            self.exhausted = not values
+            if values:
+                self._send(values)
 
 
 class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
-    """The mirais of a map, in item order: iterate over it or index it for them.
+    """The items of a map, in order: iterate over it or index it for their mirais.
 
     `mp[:]` waits and gives a list of values and error values (a dict where the items were a mapping);
-    `mp.results()` raises what the first failed item raised. `mp.names`: the mapping's keys, else None.
+    `mp.results()` raises what the first failed item raised; `async for value in mp` gives values as they come, and raises
+    the same. `mp.names`: the mapping's keys, or a table's row labels, else None. Of a generator items are handed out once,
+    and not kept: its length is known at its end, and `mp[:]` gives those not yet handed out.
     """
 
-    def __init__(self, mirais: list[Mirai], names: list[Any] | None) -> None:
-        self._mirais = mirais
-        self.names = names
+    def __init__(self, feed: Any) -> None:
+        self._feed = feed
+        self._gone = 0                  # items of a generator that were handed out, with their blocks
+
+    # -- shape
+
+    @property
+    def names(self) -> list[Any] | None:
+        return self._feed.names         # type: ignore[no-any-return]
 
     def __len__(self) -> int:
-        return len(self._mirais)
+        if not self._feed.exhausted:
+            raise TypeError("how many items a generator gives is known when it ends")
+        return self._count()
+
+    def _count(self) -> int:
+        return self._gone + sum([len(block) for block in self._feed.blocks])
+
+    def _at(self, index: int) -> tuple[Block, int]:
+        index -= self._gone
+        for block in self._feed.blocks:
+            if 0 <= index < len(block):
+                return block, index
+            index -= len(block)
+        raise IndexError(index)
 
     def __iter__(self) -> Iterator[Mirai]:
-        return iter(self._mirais)
+        index, blocks = self._gone, self._feed.blocks
+        while True:
+            self._feed.pull(index)
+            if index >= self._count():
+                return
+            block, at = self._at(index)
+            yield block.mirai(at)
+            index += 1
+            if self._feed.lazy and at == len(block) - 1:
+                self._link_wait(lambda: not blocks[0].left)
+                self._gone += len(blocks.pop(0))
 
     def __getitem__(self, key: Any) -> Any:
         if key == slice(None):
-            return self._shape([m[:] for m in self._mirais])
+            self._wait(False)
+            return self._shape([block.look(i)[0] for block in self._feed.blocks for i in range(len(block))])
         if isinstance(key, slice):
             raise TypeError("mp[:] waits for all values, mp[i] is the i-th mirai; there are no other slices")
-        return self._mirais[key]
+        if self._feed.lazy:
+            raise TypeError("items of a generator are handed out in order: iterate over the map, or list(mp)")
+        key = key + len(self) if key < 0 else key
+        block, at = self._at(key)
+        return block.mirai(at)
 
     def _shape(self, values: list[Any]) -> Any:
-        return values if self.names is None else dict(zip(self.names, values))
+        return dict(zip(self.names or (), values)) if self._feed.keyed else values
 
     @property
     def data(self) -> Any:
         """What there is now: values, error values, `UNRESOLVED`."""
-        return self._shape([m.data for m in self._mirais])
+        return self._shape([UNRESOLVED if outcome is None else block.look(i)[0]
+                            for block in self._feed.blocks for i, outcome in enumerate(block.outcomes)])
+
+    # -- waiting
+
+    def _link_wait(self, done: Callable[[], bool]) -> None:
+        self._feed.link.wait_for(done, None)
+
+    def _left(self) -> int:
+        return sum([block.left for block in self._feed.blocks])
+
+    def _wait(self, progress: bool | None) -> None:
+        feed = self._feed
+        if progress is not False:
+            for _ in self._arriving(progress):
+                pass
+        while True:
+            feed.pull(self._count())
+            blocks = [block for block in feed.blocks if block.left]
+            if not blocks and feed.exhausted:
+                return
+            for block in blocks[:1]:
+                self._link_wait(lambda block=block: not block.left)      # type: ignore[misc]
+
+    def _arriving(self, progress: bool | None) -> Iterator[tuple[Block, int]]:
+        """Items as they resolve."""
+        feed, arrivals = self._feed, _Arrivals(self)
+        with _Progress(None if feed.lazy else len(self), progress) as bar:
+            while True:
+                feed.pull(arrivals.count)
+                found = arrivals.new()
+                for each in found:
+                    bar.advance()
+                    yield each
+                if not found and feed.exhausted and not self._left():
+                    return
+                if not found:
+                    left = self._left()
+                    self._link_wait(lambda: self._left() != left)      # noqa: B023
 
     def results(self, progress: bool | None = False) -> Any:
         """All values, in item order; raises what the first failed item raised. progress: as for `collect_mirai()`."""
-        _wait_all(self._mirais, progress)
-        return self._shape([m.result() for m in self._mirais])
+        self._wait(progress)
+        return self._shape([self._result(block, i) for block in self._feed.blocks for i in range(len(block))])
+
+    @staticmethod
+    def _result(block: Block, index: int) -> Any:
+        value, failed = block.look(index)
+        return block.mirai(index).result() if failed else value
+
+    async def __aiter__(self) -> Any:
+        import asyncio
+        loop, feed, arrivals = asyncio.get_running_loop(), self._feed, _Arrivals(self)
+        feed.link.add_loop(loop)
+        try:
+            while True:
+                feed.pull(arrivals.count)
+                waiter = _LoopWaiter(loop)
+                blocks = list(feed.blocks)
+                for block in blocks:
+                    block.waiters.append(waiter)
+                try:
+                    found = arrivals.new()
+                    if not found and feed.exhausted and not self._left():
+                        return
+                    if not found:
+                        await waiter.future
+                finally:
+                    for block in blocks:
+                        block.waiters.remove(waiter)
+                for block, index in found:
+                    yield self._result(block, index)
+        finally:
+            feed.link.remove_loop(loop)
+
+    def _stop(self) -> list[bool]:
+        return [new for block in self._feed.blocks
+                for new in self._feed.link.cancel_items(block, 0, len(block), MiraiCancelled("cancelled"))]
 
     def __repr__(self) -> str:
-        return f"<mirai map: {len(self) - unresolved(self)} of {len(self)} resolved>"
+        known = self._count()
+        return f"<mirai map: {known - self._left()} of {known}{'' if self._feed.exhausted else ' or more'} resolved>"
+
+
+class _Arrivals:
+    """Which items of a map have resolved since one last asked. Those of a generator are let go once they were told."""
+
+    def __init__(self, mp: MiraiMap) -> None:
+        self.map, self.told = mp, {}        # type: ignore[var-annotated]
+        self.count = mp._gone
+        self.drop = mp._feed.lazy
+
+    def new(self) -> list[tuple[Block, int]]:
+        found = []
+        for block in list(self.map._feed.blocks):
+            told = self.told.setdefault(block.id, bytearray(len(block)))
+            if told.count(0) > 0:
+                found += [(block, i) for i, outcome in enumerate(block.outcomes) if outcome is not None and not told[i]]
+        for block, i in found:
+            self.told[block.id][i] = 1
+        self.count += len(found)
+        return found
 
 
 def _each(x: Any) -> Sequence[Mirai]:
     """The mirais in `x`, which is one, a map, or a list of them."""
     if isinstance(x, Mirai):
         return [x]
-    if isinstance(x, (MiraiMap, list, tuple)) and all(isinstance(m, Mirai) for m in x):
+    if isinstance(x, MiraiMap):
+        return list(x)
+    if isinstance(x, (list, tuple)) and all(isinstance(m, Mirai) for m in x):
         return x
     raise TypeError(f"expected a Mirai, a MiraiMap or a list of Mirai, not {x!r}")
 
 
 def call_mirai(x: Any) -> Any:
     """Waits until `x` (a Mirai, a MiraiMap or a list of Mirai) has resolved, and returns it."""
-    _wait_all(_each(x), False)
+    if isinstance(x, MiraiMap):
+        x._wait(False)
+    else:
+        _wait_all(_each(x), False)
     return x
 
 
-def collect_mirai(x: Any, *, progress: bool | None = False, stop: bool = False) -> Any:
+def collect_mirai(x: Any, *, flat: bool = False, progress: bool | None = False, stop: bool = False) -> Any:
     """Waits for `x` and gives its value, or a list (a dict for a map over a mapping) of values; error values in place.
 
-    progress: a bar on stderr. None: where that is a terminal; True: elsewhere a line now and then, too.
-    stop: at the first failure cancel the rest and raise what that task raised.
+    flat: one flat list: of values that are lists or tuples their elements, else themselves; raises what the first failed
+    task raised, and TypeError where they are not all of one type. progress: a bar on stderr. None: where that is a
+    terminal; True: elsewhere a line now and then, too. stop: at the first failure cancel the rest and raise what that
+    task raised.
     """
-    mirais = _each(x)
-    if stop:
-        _stop_at_failure(mirais, progress)
+    if isinstance(x, MiraiMap):
+        if stop:
+            _stop_map_at_failure(x, progress)
+        x._wait(False if stop else progress)
+    elif stop:
+        _stop_at_failure(_each(x), progress)
     else:
-        _wait_all(mirais, progress)
-    if isinstance(x, Mirai):
+        _wait_all(_each(x), progress)
+    if flat:
+        return _flatten([m.result() for m in _each(x)] if not isinstance(x, MiraiMap) else x.results())
+    if isinstance(x, (Mirai, MiraiMap)):
         return x[:]
-    return x[:] if isinstance(x, MiraiMap) else [m[:] for m in mirais]
+    return [m[:] for m in x]
+
+
+def _flatten(values: Any) -> list[Any]:
+    flat: list[Any] = []
+    for value in values.values() if isinstance(values, dict) else values:
+        flat.extend(value) if isinstance(value, (list, tuple)) else flat.append(value)
+    kinds = {type(value) for value in flat}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(kind.__qualname__ for kind in kinds))
+        raise TypeError(f"flat=True needs values of one type, these are of {names}")
+    return flat
+
+
+def _stop_map_at_failure(mp: MiraiMap, progress: bool | None) -> None:
+    for block, index in mp._arriving(progress):
+        try:
+            mp._result(block, index)
+        except Exception:
+            mp._feed.exhausted = True
+            mp._stop()
+            raise
 
 
 def _stop_at_failure(mirais: Sequence[Mirai], progress: bool | None) -> None:
@@ -4966,6 +7261,8 @@ def stop_mirai(x: Any) -> Any:
 
     True for each that was cancelled, False for each that had resolved: a bool, or a list for several.
     """
+    if isinstance(x, MiraiMap):
+        return x._stop()
     stopped = [m.cancel() for m in _each(x)]
     return stopped[0] if isinstance(x, Mirai) else stopped
 
@@ -4974,7 +7271,9 @@ def unresolved(x: Any) -> Any:
     """Whether a mirai is unresolved; for a map or a list, how many are. Anything else is resolved: False, as in R."""
     if isinstance(x, Mirai):
         return not x.done()
-    if isinstance(x, (MiraiMap, list, tuple)):
+    if isinstance(x, MiraiMap):
+        return x._left()
+    if isinstance(x, (list, tuple)):
         return sum(isinstance(m, Mirai) and not m.done() for m in x)
     return x is UNRESOLVED
 
@@ -5007,8 +7306,8 @@ def is_error_value(x: Any) -> bool:
 class _Progress:
     """A bar on stderr with rate and time left; see `collect_mirai` for `wanted`."""
 
-    def __init__(self, total: int, wanted: bool | None) -> None:
-        self.total, self.done = total, 0
+    def __init__(self, total: int | None, wanted: bool | None) -> None:
+        self.total, self.done = total, 0        # None: nobody knows
         self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self.shown = wanted is not False and sys.stderr is not None and (self.terminal or bool(wanted))
         self.start = time.monotonic()
@@ -5031,6 +7330,8 @@ class _Progress:
         """One line of less than `width` characters."""
         spent = time.monotonic() - self.start
         rate = self.done / spent if spent > 0 else 0.0
+        if self.total is None:
+            return f"{self.done}  {rate:.{0 if rate >= 10 else 1}f}/s  {_clock(spent)}"[:width - 1]
         left = (self.total - self.done) / rate if rate else math.inf
         took = self.done >= self.total
         clock = f"{_clock(spent)}" if took else f"{_clock(left)} left"
@@ -5060,13 +7361,10 @@ def _clock(seconds: float) -> str:
 
 
 # ======================================================================
-# 15. Command line: daemon, demo
+# 17. Command line: daemon, demo
 # ======================================================================
 # Knows:  all of the above.
 # Never:  anything that a caller of the module could not do as well.
-
-EX_USAGE, EX_UNAVAILABLE, EX_NOPERM = 64, 69, 77        # of sysexits.h
-
 
 def main(arguments: Sequence[str]) -> int:
     """`daemon URL` or `demo`; gives the exit status."""
@@ -5087,6 +7385,12 @@ def main(arguments: Sequence[str]) -> int:
     for name, text in (("idletime", "end after so many seconds without a task"),
                        ("walltime", "end after so many seconds"), ("maxtasks", "end after so many tasks")):
         serve.add_argument(f"--{name}", type=float, default=math.inf, help=text)
+    serve.add_argument("--autoexit", choices=("true", "none", "false"), default="true", help=(
+        "end with the connection (true), after a running task (none), or wait for a next host (false)"))
+    serve.add_argument("--no-cleanup", dest="cleanup", action="store_false", help="keep what tasks change")
+    serve.add_argument("--output", action="store_true", help="show what tasks print")
+    serve.add_argument("--asyncdial", action="store_true", help="try until somebody listens there")
+    serve.add_argument("--rs", type=int, nargs=7, help="the random stream to begin with, as nextstream() gives")
     serve.add_argument("--key-file", help="a file with the profile's key, 64 hexadecimal digits; '-': standard input")
     commands.add_parser("demo", help="measure the standard library on daemons, and show what else there is")
     options = parser.parse_args(arguments)
@@ -5094,7 +7398,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _serve(options: Any) -> int:
-    limits = {name: getattr(options, name) for name in ("idletime", "walltime", "maxtasks")}
+    limits = {name: getattr(options, name) for name in ("cleanup", "output", "asyncdial", "rs", *_LIMITS)}
+    limits["autoexit"] = {"true": True, "none": None, "false": False}[options.autoexit]
     try:
         parse_url(options.url)
         check_daemon_options(limits)
@@ -5122,9 +7427,10 @@ def _wait_for(pid: int) -> int:
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _serve_one(url: str, limits: Mapping[str, float], key: bytes) -> int:
+def _serve_one(url: str, limits: Mapping[str, Any], key: bytes) -> int:
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what tasks print is dropped
+        if not limits["output"]:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what tasks print is dropped
         return daemon(url, key=key, **limits)
     except Refused as error:
         return _complain(error, EX_NOPERM)
