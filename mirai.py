@@ -2927,7 +2927,7 @@ class DispatcherCore:
     def _next(self) -> list[Any]:
         """Restores rules 2 and 4."""
         effects: list[Any] = []
-        while self.idle and _head(self.queue) is not None:
+        while self.idle and _first_of(self.queue) is not None:
             daemon = next(reversed(self.idle))
             effects += self._feed(daemon, self.daemons[daemon])
         if self.idle and self.holders and not self.direct:
@@ -2956,7 +2956,7 @@ class DispatcherCore:
     def _feed(self, daemon: int, record: _DaemonRecord) -> list[Any]:
         """Something for an idle daemon, if there is something."""
         queue = record.own if self.direct else self.queue
-        head = _head(queue)
+        head = _first_of(queue)
         if record.epoch < len(self.calls) and (head is None or head.unit.epoch > record.epoch):
             effects = self._run_calls(daemon, record)
             if effects:
@@ -2968,7 +2968,7 @@ class DispatcherCore:
         queue = record.own if self.direct else self.queue
         if len(record.pieces) != 1 or record.stopping or record.revoking or self.idle and not self.direct:
             return []
-        head = _head(queue)
+        head = _first_of(queue)
         pace = head.unit.pace if head is not None else None
         if head is None or pace is None or record.pieces[0].unit.pace is None or head.unit.epoch > record.epoch or (
                 pace.seconds is None or pace.seconds > CHUNK_TIME):
@@ -3042,7 +3042,7 @@ class DispatcherCore:
 
     def _fail_awaiting(self) -> list[Any]:
         effects: list[Any] = []
-        while (head := _head(self.queue)) is not None:
+        while (head := _first_of(self.queue)) is not None:
             effects += self._reset(head.unit, head.lo, LAUNCH)
         for call in self.calls:
             while call.open:
@@ -3064,7 +3064,7 @@ class DispatcherCore:
         return len(self.daemons), self.cumulative, self.unresolved - executing, executing, self.completed
 
 
-def _head(queue: deque[_Piece]) -> _Piece | None:
+def _first_of(queue: deque[_Piece]) -> _Piece | None:
     """The first piece that holds a task to be done, which it then begins with."""
     while queue:
         piece = queue[0]
