@@ -467,7 +467,7 @@ NEEDS = struct.Struct("<I")         # how many hashes stand before it
 COUNTS = struct.Struct("<QQQQQ")    # connections, cumulative, awaiting, executing, completed
 RANGE = struct.Struct("<II")        # from the first to before the second
 UNIT_HEAD = struct.Struct("<IQ")    # how many tasks, and the map that they are of
-RESULTS_HEAD = struct.Struct("<IId")    # the first, how many, seconds that they took; then the outcomes, apart
+RESULTS_HEAD = struct.Struct("<QIId")   # position and index of the first, how many, seconds; then the outcomes, apart
 KIND_AT = 9                         # of a frame's bytes, the kind
 FRESH, REPLAY = 1, 2                # what comes is meant, though the daemon had been stopped; nobody waits for the answer
 FAILED = 1
@@ -2628,7 +2628,7 @@ class DispatcherCore:
                 del self.paces[next(iter(self.paces))]
         unit = self.units[id] = _Unit(id, n, len(self.calls), pace)
         self.unresolved += n
-        return self._enqueue([_Piece(unit, 0, n, retries)])
+        return self._enqueue([_Piece(unit, 0, n, retries)]) + self._next()
 
     def cancelled(self, id: int, lo: int, hi: int) -> list[Any]:
         """The host has resolved these; what is unknown here has finished meanwhile."""
@@ -2647,6 +2647,9 @@ class DispatcherCore:
         new = unit.complete(lo, hi)
         if unit.call is None:
             self.queued -= new - held
+        elif not unit.left:
+            self.queued -= unit.call.open
+            unit.call.open = 0
         self._complete(unit, new)
         return effects
 
@@ -2695,22 +2698,32 @@ class DispatcherCore:
         record.revoking = False
         back = self._take_back(record, position)
         record.stopping = record.stopping or bool(back)
+        if not back:
+            self.holders.pop(daemon, None)      # it has begun all that it has
         return self._requeue(record, back) + self._next()
 
     def has_stopped(self, daemon: int, position: int) -> list[Any]:
         """It has not begun what it was given from this position on, and does not know of it any more."""
         record = self.daemons[daemon]
         effects = self._requeue(record, self._take_back(record, position))
+        call = None
+        if record.pieces and record.pieces[0].unit.call and position <= record.position and record.state is BUSY:
+            call = record.pieces.pop()          # not begun: it is told again
         if record.pieces:
             return [*effects, Drop(daemon, f"it stopped at {position}, and owes what comes before")]
         record.revoking = record.stopping = False
         record.fresh = True
-        return effects + self._go_on(daemon, record)
+        if call is not None and not record.replaying and call.unit.count(call.lo, call.hi):
+            return effects + self._give(daemon, record, call) + self._next()
+        if call is not None:                    # a replay, or cancelled: as if it had not come to it yet
+            record.replaying = False
+            record.epoch -= 1
+        return effects + self._go_on(daemon, record) + self._next()
 
     def _take_back(self, record: _DaemonRecord, position: int) -> list[_Piece]:
         back: list[_Piece] = []
         excess = record.position + record.given() - position
-        while excess > 0 and record.pieces:
+        while excess > 0 and record.pieces and record.pieces[-1].unit.call is None:     # a call is this daemon's own
             piece = record.pieces.pop()
             kept = max(0, piece.hi - piece.lo - excess)
             excess -= piece.hi - piece.lo - kept
@@ -2778,7 +2791,7 @@ class DispatcherCore:
                 self.queued -= newcomer
                 if unit.count(index, index + 1):
                     return self._give(daemon, record, _Piece(unit, index, index + 1, 0))
-            elif call.worked or unit.left:
+            if call.worked or unit.left:
                 record.replaying = True
                 replay = _Unit(unit.id, 1, 0, None, call)
                 given = self._give(daemon, record, _Piece(replay, 0, 1, 0))
@@ -2911,7 +2924,7 @@ class DispatcherCore:
         self.queued += sum([piece.unit.count(piece.lo, piece.hi) for piece in pieces])
         if not self.direct or not self.ring:
             self.queue.extend(pieces)
-            return self._next()
+            return []
         effects: list[Any] = []
         for piece in pieces:
             share = -(-(piece.hi - piece.lo) // len(self.ring))
@@ -2934,8 +2947,8 @@ class DispatcherCore:
             effects += self._steal()
         if self.queued <= 0:
             return effects
-        if self.stopped and not self.daemons and not self.launching:
-            return effects + self._fail_awaiting()
+        if self.stopped and not self.launching:
+            effects += self._fail_awaiting()
         while not self.stopped and self.resting and self.queued > self.launching:
             effects += self._launch(self.resting.popleft())
         return effects
@@ -3041,15 +3054,17 @@ class DispatcherCore:
         return effects
 
     def _fail_awaiting(self) -> list[Any]:
+        """Nobody is coming any more: no newcomers, and where there is nobody else, nobody at all."""
         effects: list[Any] = []
-        while (head := _first_of(self.queue)) is not None:
-            effects += self._reset(head.unit, head.lo, LAUNCH)
         for call in self.calls:
             while call.open:
                 call.open -= 1
                 call.begun += 1
+                self.queued -= 1
                 effects += self._reset(call.unit, call.begun - 1, LAUNCH)
-        self.queued = 0
+        while not self.daemons and (head := _first_of(self.queue)) is not None:
+            self.queued -= 1
+            effects += self._reset(head.unit, head.lo, LAUNCH)
         return effects
 
     # -- looking
@@ -3599,6 +3614,7 @@ class _Peer:
         self.units: deque[int] = deque(maxlen=KEPT_UNITS)   # that it keeps
         self.claimed = 0                                # the last position that it may have begun, without a page
         self.limit = 0                                  # the position of a take-back that is under way
+        self.seen = 0                                   # what it had begun when that was last looked at
         self.events = selectors.EVENT_READ
         self.handle: Callable[[_Peer, Message], None] | None = None
 
@@ -3633,6 +3649,7 @@ class Dispatcher:
         self.sent_counts: tuple[int, ...] = (0, 0, 0, 0, 0)
         self.counts_due = 0.0
         self.counts_wait = False                    # a timer will have them sent
+        self.watched: set[int] = set()              # daemons that have items of maps: a timer looks at them
         self.running = True
         self.effects: dict[type, Callable[[Any], None]] = {
             Assign: self._assign, Replay: self._replay, Interrupt: self._interrupt, Revoke: self._revoke,
@@ -3850,11 +3867,29 @@ class Dispatcher:
         record = self.core.daemons[peer.number]
         if not record.pieces:
             return
-        piece = record.pieces[0]
-        outcomes = slot.outcomes(record.position)[:piece.hi - piece.lo]
+        self._take_outcomes(peer, record, slot.outcomes(record.position))
+
+    def _take_outcomes(self, peer: _Peer, record: Any, outcomes: list[bytes]) -> None:
+        """As if the daemon had sent them."""
         if outcomes:
-            head = RESULTS_HEAD.pack(piece.lo, len(outcomes), 0.0)
-            self._answered(peer, Message(Kind.RESULTS, piece.unit.id, 0, b"".join([head, *join_apart(outcomes)])))
+            head = RESULTS_HEAD.pack(record.position, record.pieces[0].lo, len(outcomes), 0.0)
+            payload = b"".join([head, *join_apart(outcomes)])
+            self._answered(peer, Message(Kind.RESULTS, record.pieces[0].unit.id, 0, payload))
+
+    def _watch_holders(self) -> None:
+        """What a daemon has done of its items is passed on, should it be at one of them for long."""
+        for number in list(self.watched):
+            peer, record = self.peers.get(number), self.core.daemons.get(number)
+            if peer is None or peer.slot is None or record is None or not record.pieces:
+                self.watched.discard(number)
+                continue
+            begun, seen, peer.seen = peer.slot.begun, peer.seen, peer.slot.begun
+            if begun == seen and begun > record.position:
+                outcomes = peer.slot.outcomes(record.position)
+                if peer.slot.begun == begun:
+                    self._take_outcomes(peer, record, outcomes)
+        if self.watched:
+            self._at(CHUNK_TIME, self._watch_holders)
 
     # -- what peers say
 
@@ -3928,13 +3963,19 @@ class Dispatcher:
             raise ProtocolError(f"{message!r} from a daemon")
 
     def _answered(self, peer: _Peer, message: Message) -> None:
-        self.outcome = message
-        lo, n, seconds = 0, 1, 0.0
+        record = self.core.daemons[peer.number]
+        lo, n, seconds = record.pieces[0].lo if record.pieces else 0, 1, 0.0
         if message.kind == Kind.RESULTS:
-            lo, n, seconds = RESULTS_HEAD.unpack_from(message.payload)
-        else:
-            pieces = self.core.daemons[peer.number].pieces
-            lo = pieces[0].lo if pieces else 0
+            position, lo, n, seconds = RESULTS_HEAD.unpack_from(message.payload)
+            known = record.position - position
+            if known >= n:                  # it was read where the daemon kept it
+                return
+            if known > 0:
+                outcomes = split_apart(message.payload, n, RESULTS_HEAD.size)[known:]
+                lo, n = lo + known, n - known
+                head = RESULTS_HEAD.pack(record.position, lo, n, seconds)
+                message = message._replace(payload=b"".join([head, *join_apart(outcomes)]))
+        self.outcome = message
         self._do(self.core.reported(peer.number, message.id, lo, n, seconds, message.flags == FAILED))
 
     def _from_nursery(self) -> None:
@@ -3995,6 +4036,9 @@ class Dispatcher:
             if effect.unit not in peer.units:
                 peer.units.append(effect.unit)
                 self._send(peer, frame)
+            if not self.watched:
+                self._at(CHUNK_TIME, self._watch_holders)
+            self.watched.add(effect.daemon)
             payload = RANGE.pack(effect.lo, effect.hi)
             self._post(peer, encode(Kind.RUN, effect.unit, payload, FRESH if effect.fresh else 0))
             return
@@ -4066,8 +4110,8 @@ class Dispatcher:
         peer, record = self.peers.get(effect.daemon), self.core.daemons[effect.daemon]
         begun = record.position if peer is None or peer.slot is None else peer.slot.begun
         end = record.position + record.given()
-        if peer is None or begun >= end - 1:
-            self._do(self.core.returned(effect.daemon, end))
+        if peer is None or begun >= end - 1:        # a moment later: it would be asked for again
+            self._at(CHUNK_TIME, lambda: self._do(self.core.returned(effect.daemon, end)))
         else:
             self._limit(peer, begun + 1 + (end - 1 - begun) // 2)
 
@@ -4110,7 +4154,7 @@ class Dispatcher:
         elif self.outcome is not None:
             kind, _, _, payload = self.outcome
             if kind == Kind.RESULT and self.frames[unit][KIND_AT] == Kind.EVERYWHERE:
-                head = RESULTS_HEAD.pack(lo, 1, 0.0)
+                head = RESULTS_HEAD.pack(0, lo, 1, 0.0)
                 kind, payload = Kind.RESULTS, b"".join([head, *join_apart([payload])])
             self._post(self.host, encode(kind, unit, payload))
         self._release(unit)
@@ -4342,10 +4386,21 @@ class _PageInbox:
         self.stops_on_ctrl_c = self.signalled = False
         self.cancelled = functools.partial(slot.words.__getitem__, 0)       # the task that is to be interrupted
         self.keep, self.sent = slot.keep, slot.sent
+        self.report: _Report | None = None
+        self.pieces_done = 0
+
+    def send_report(self, report: _Report) -> None:
+        for frame in report.frames():
+            self.connection.send(frame)
+            self.sent()
 
     def begin(self, position: int, task: int) -> bool:
         """Whether the task at this position may still be begun."""
         return self.slot.begin(position)
+
+    def stop(self, position: int) -> None:
+        """Says that it begins nothing of what it was sent, from here on."""
+        self.connection.send(encode(Kind.STOPPED, position))
 
     def claims(self, position: int) -> bool:
         """The page says what is begun."""
@@ -4378,7 +4433,9 @@ class _ThreadInbox:
         self.signalled = False          # by this thread: the next SIGINT is no Ctrl-C
         self.over = False               # the daemon has ended by itself
         self.begun = self.claimed = self.task = 0
-        self.limit = NO_LIMIT
+        self.limit, self.stopped = NO_LIMIT, False
+        self.report: _Report | None = None      # of the items that are being evaluated
+        self.pieces = self.pieces_done = 0
         self._sending = threading.Lock()
         self._cancelled = 0
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
@@ -4392,6 +4449,12 @@ class _ThreadInbox:
         """Says what is begun, and then looks whether that is allowed; the reading thread does it the other way round."""
         self.task, self.begun = task, position
         return position < self.limit
+
+    def stop(self, position: int) -> None:
+        """Says that it begins nothing of what it was sent, from here on."""
+        with self._sending:
+            self.stopped = True
+            self.connection.send(encode(Kind.STOPPED, position))
 
     def claims(self, position: int) -> bool:
         return position <= self.claimed
@@ -4418,11 +4481,21 @@ class _ThreadInbox:
         except self._empty:
             raise TimeoutError from None
 
+    def send_report(self, report: _Report) -> None:
+        """By the main thread, or by the one that reads where the main thread is at an item for long."""
+        with self._sending:
+            for frame in report.frames():
+                self.connection.send(frame)
+
     def _read(self) -> None:
         try:
             while True:
                 for message in self.connection.decoder:
                     self._take(message)
+                while self.pieces > self.pieces_done and not wait_ready(self.connection.fileno(), CHUNK_TIME):
+                    report = self.report
+                    if report is not None and report.outcomes and time.monotonic() - report.since > CHUNK_TIME:
+                        self.send_report(report)
                 if not self.connection.receive():
                     break
         except OSError:
@@ -4443,9 +4516,14 @@ class _ThreadInbox:
                 self._cancelled, self.signalled = self.task, True
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         elif message.kind == Kind.LIMIT:
-            self.limit = min(self.limit, message.id)
-            self.send(encode(Kind.CUT, max(message.id, self.begun + 1)))
+            with self._sending:
+                if not self.stopped:        # else it begins nothing anyway, and has said so
+                    self.limit = min(self.limit, message.id)
+                    self.connection.send(encode(Kind.CUT, max(message.id, self.begun + 1)))
         else:
+            if message.flags & FRESH and message.kind in (Kind.TASK, Kind.RUN, Kind.EVERYWHERE):
+                self.limit, self.stopped = NO_LIMIT, False
+            self.pieces += message.kind == Kind.RUN
             self._messages.put(message)
 
 
@@ -4522,8 +4600,6 @@ class _Daemon:
         """What comes after it was stopped, and was sent before that was known, is somebody else's by now."""
         if message.flags & FRESH:
             self.halted = False
-            if isinstance(self.inbox, _ThreadInbox):
-                self.inbox.limit = NO_LIMIT
         if self.halted:
             self.position += n
         return self.halted
@@ -4531,7 +4607,7 @@ class _Daemon:
     def _halt(self, n: int) -> None:
         """It may not begin the task at its position, and drops that and what follows, n in all."""
         self.halted = True
-        self.inbox.send(encode(Kind.STOPPED, self.position))
+        self.inbox.stop(self.position)
         self.position += n
 
     def _run_task(self, message: Message) -> int | None:
@@ -4570,10 +4646,11 @@ class _Daemon:
     def _run_piece(self, message: Message) -> int | None:
         """Items of a map, one by one; outcomes are sent every CHUNK_TIME, and in between kept where a kill leaves them."""
         lo, hi = RANGE.unpack(message.payload)
-        if self._skips(message, hi - lo):
-            return None
         inbox, items = self.inbox, self.units[message.id]
-        report = _Report(message.id, lo)
+        if self._skips(message, hi - lo):
+            inbox.pieces_done += 1
+            return None
+        report = inbox.report = _Report(message.id, lo, self.position)
         _here["map"] = True
         items.begin()
         for index in range(lo, hi):
@@ -4592,14 +4669,14 @@ class _Daemon:
             if (self.limited or self.stopping) and (self.stopping or self._limit_reached()):
                 break
         _here["map"] = False
+        inbox.report = None
+        inbox.pieces_done += 1
         return self._after(report.frames())
 
     def _flush(self, report: _Report) -> None:
         if self.options.output:
             self._pass_output()
-        for frame in report.frames():
-            self.inbox.send(frame)
-            self.inbox.sent()
+        self.inbox.send_report(report)
 
     def _after(self, frames: list[bytes], clean: bool = True) -> int | None:
         """Sends what has come of tasks, and makes good what they changed; or leaves."""
@@ -4676,8 +4753,8 @@ class _Daemon:
 class _Report:
     """Outcomes of consecutive items, until they are sent."""
 
-    def __init__(self, unit: int, lo: int) -> None:
-        self.unit, self.lo = unit, lo
+    def __init__(self, unit: int, lo: int, position: int) -> None:
+        self.unit, self.lo, self.position = unit, lo, position
         self.outcomes: list[bytes] = []
         self.since = time.monotonic()
         self.each = CHUNK_TIME          # seconds an item, as far as is known
@@ -4696,8 +4773,9 @@ class _Report:
         if not outcomes:
             return []
         self.each = (now - self.since) / len(outcomes)
-        head = RESULTS_HEAD.pack(self.lo, len(outcomes), now - self.since)
-        self.lo, self.outcomes, self.since = self.lo + len(outcomes), [], now
+        head = RESULTS_HEAD.pack(self.position, self.lo, len(outcomes), now - self.since)
+        self.lo, self.position = self.lo + len(outcomes), self.position + len(outcomes)
+        self.outcomes, self.since = [], now
         return [encode_parts(Kind.RESULTS, [head, *join_apart(outcomes)], self.unit)]
 
 
@@ -5805,7 +5883,7 @@ class Link:
         """What is no result of a single task."""
         m, kind = self.pending.get(message.id), message.kind
         if kind == Kind.RESULTS and m is not None:
-            lo, n, _ = RESULTS_HEAD.unpack_from(message.payload)
+            _, lo, n, _ = RESULTS_HEAD.unpack_from(message.payload)
             self._resolve_items(m, lo, split_apart(message.payload, n, RESULTS_HEAD.size))
         elif kind == Kind.COUNTS:
             self.counts = COUNTS.unpack(message.payload)
@@ -6788,11 +6866,12 @@ def _check_task(f: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeou
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= 65535:
         raise ValueError(f"_retries={retries!r}: expected an integer from 0")
     for name in kwargs:
-        if name.startswith("_") and name not in _OPTIONS:
+        if name.startswith("_"):
             import difflib
             near = difflib.get_close_matches(name, _OPTIONS, 1, 0.75)
             if near:
-                raise TypeError(f"there is no option {name!r}; did you mean {near[0]!r}?")
+                raise TypeError(f"there is no option {name!r} here" + (
+                    "" if near[0] == name else f"; did you mean {near[0]!r}?"))
 
 
 def mirai_map(items: Any, f: Callable[..., Any], /, *args: Any, _star: bool = False, _promise: Any = None,
@@ -6873,8 +6952,8 @@ def _source(items: Any, star: bool) -> _Source:
     shape = () if star else None
     if isinstance(items, collections.abc.Mapping):
         return _Source(_starred(list(items.values()), star), list(items), True, shape)
-    if isinstance(items, (str, bytes)):
-        raise TypeError(f"items={items!r}: text would be mapped letter by letter; list(…) it if that is meant")
+    if not isinstance(items, collections.abc.Iterable):
+        raise TypeError(f"can't map over {items!r}: expected a collection, a mapping, a table or a generator of items")
     if not isinstance(items, collections.abc.Iterator) and hasattr(items, "__len__"):
         return _Source(_starred(list(items), star), None, False, shape)
     return _Source(map(_check_star, items) if star else iter(items), None, False, shape)
