@@ -159,7 +159,7 @@ UNIT_ITEMS = 4096           # items of a map in one frame: more would make the f
 UNIT_BYTES = 1 << 18        # or so many bytes of them: a daemon that takes a share is sent the whole frame
 KEPT_UNITS = 4              # frames of items that a daemon keeps: the pieces it is given come from few at a time
 KEPT_PACES = 64             # maps of which it is remembered how long their items take
-WINDOW_MOST = 65536         # items of a generator that are under way at once, at most
+WINDOW_MOST = 16384         # items of a generator that are under way at once, at most
 WINDOW_BYTES = 1 << 26      # or so many bytes of them
 OUTPUT_TIME = 1.0           # a daemon waits so long for what its task wrote to be passed on
 REDIAL_FIRST, REDIAL_MOST = 0.05, 1.0   # seconds between a daemon's attempts to reach a host: the first, the longest
@@ -506,6 +506,17 @@ def split_apart(data: Any, n: int, at: int = 0) -> list[Any]:
     """What `join_apart()` joined, from `at` on."""
     ends = list(itertools.accumulate(struct.unpack_from(f"<{n}I", data, at), initial=at + 4 * n))
     return [data[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def check_results(message: Message) -> tuple[int, int, int, float]:
+    """The head of a message of that kind; ProtocolError where it does not hold what it says."""
+    payload = message.payload
+    with contextlib.suppress(struct.error):
+        head = RESULTS_HEAD.unpack_from(payload)
+        lengths = struct.unpack_from(f"<{head[2]}I", payload, RESULTS_HEAD.size)
+        if RESULTS_HEAD.size + 4 * head[2] + sum(lengths) == len(payload) and head[2]:
+            return head     # type: ignore[return-value]
+    raise ProtocolError(f"{message!r} does not hold what it says")
 
 
 def needs_of(task: bytes) -> bytes:
@@ -2058,6 +2069,8 @@ def dump_units(constant: Constant, map: int, items: list[Any], name: Callable[[i
         try:
             pickler.dump(item)
         except Exception as error:
+            if parts:
+                yield len(parts), _unit(constant, map, len(parts), streams, APART, join_apart(parts), needs)
             raise _explain(error, pickler.hooks, {name(i): item}) from error
         parts.append(b"".join(sink.parts))
         size += len(parts[-1])
@@ -2746,7 +2759,7 @@ class DispatcherCore:
         """Between which positions are those of these tasks that a daemon was given and has not answered."""
         record = self.daemons[daemon]
         at = record.position
-        for piece in record.pieces:
+        for piece in record.pieces if not record.replaying else ():
             first, last = max(lo, piece.lo), min(hi, piece.hi) - 1
             if piece.unit.id == id and first <= last:
                 return at + first - piece.lo, at + last - piece.lo
@@ -2804,7 +2817,7 @@ class DispatcherCore:
         for call in self.calls[record.epoch:]:
             if daemon not in call.waiting:
                 continue
-            if comes_again:
+            if comes_again and call.unit.left:
                 del call.waiting[daemon]
                 call.open += 1
                 self.queued += 1
@@ -2832,7 +2845,8 @@ class DispatcherCore:
             self.queue.clear()
             self.queued -= sum([piece.unit.count(piece.lo, piece.hi) for piece in waiting])
             effects = self._enqueue(waiting)
-        return effects + self._go_on(daemon, record)
+        effects += self._go_on(daemon, record)
+        return effects + self._next() if self.stopped else effects      # it may have been the last to come
 
     def leaving(self, daemon: int, why: int) -> list[Any]:
         """It ends by its own limits, after what it has begun, if anything."""
@@ -3037,7 +3051,7 @@ class DispatcherCore:
             left = record.given() - 1
             if record.revoking:
                 revoking += 1
-            if record.revoking or record.stopping or record.state is LEAVING or left < 1:
+            if record.revoking or record.state is LEAVING or left < 1:
                 continue
             pace = record.pieces[-1].unit.pace
             if revoking >= len(self.idle):
@@ -3615,6 +3629,7 @@ class _Peer:
         self.claimed = 0                                # the last position that it may have begun, without a page
         self.limit = 0                                  # the position of a take-back that is under way
         self.seen = 0                                   # what it had begun when that was last looked at
+        self.doomed: tuple[int, int] | None = None      # the task with which it is killed, should that go on for long
         self.events = selectors.EVENT_READ
         self.handle: Callable[[_Peer, Message], None] | None = None
 
@@ -3701,6 +3716,7 @@ class Dispatcher:
             heapq.heappop(self.timers)[2]()
 
     def _after_events(self) -> None:
+        self._take_reports()
         while self.dirty:
             self._flush(self.dirty.pop())
         if self.to_fork:
@@ -3953,7 +3969,8 @@ class Dispatcher:
                 peer.slot.limit(NO_LIMIT)
             self._do(self.core.has_stopped(peer.number, id))
         elif kind == Kind.CUT:
-            self._do(self.core.returned(peer.number, id))
+            if 0 < peer.limit <= id:        # else it has stopped since
+                self._do(self.core.returned(peer.number, id))
         elif kind == Kind.CLAIM:
             peer.claimed = id
         elif kind == Kind.LEAVE:
@@ -3966,7 +3983,7 @@ class Dispatcher:
         record = self.core.daemons[peer.number]
         lo, n, seconds = record.pieces[0].lo if record.pieces else 0, 1, 0.0
         if message.kind == Kind.RESULTS:
-            position, lo, n, seconds = RESULTS_HEAD.unpack_from(message.payload)
+            position, lo, n, seconds = check_results(message)
             known = record.position - position
             if known >= n:                  # it was read where the daemon kept it
                 return
@@ -3980,17 +3997,21 @@ class Dispatcher:
 
     def _from_nursery(self) -> None:
         self._read_nursery()
+        self._take_reports()
+        if self.nursery.ended:
+            self._nursery_ended()
+
+    def _take_reports(self) -> None:
         while self.reports:
             message = self.reports.popleft()
             if message.kind != Kind.ENDED:
                 raise ProtocolError(f"{message!r} from the nursery")
             self._daemon_ended(decode_json(message))
-        if self.nursery.ended:
-            self._nursery_ended()
 
     def _read_nursery(self) -> None:
         """What it has to say can wait; what tasks wrote is passed on at once."""
-        self.nursery.receive()
+        while self.nursery.receive():
+            pass
         for message in self.nursery.decoder:
             if message.kind != Kind.OUTPUT:
                 self.reports.append(message)
@@ -4084,12 +4105,12 @@ class Dispatcher:
             call = self.frames[unit][KIND_AT] == Kind.EVERYWHERE if unit in self.frames else False
             self._post(peer, encode(Kind.CANCEL, unit, RANGE.pack(0, 1) if call else RANGE.pack(lo, hi)))
         elif first <= peer.slot.begun <= last:
-            self._interrupt_task(peer, peer.slot, delay == INTERRUPT_AGAIN)
+            self._interrupt_task(peer, peer.slot)
         begun = core.daemons[number].position if peer.slot is None else peer.slot.begun
         if begun < last:
             self._limit(peer, max(first, begun + 1))
 
-    def _interrupt_task(self, peer: _Peer, slot: Slot, first: bool) -> None:
+    def _interrupt_task(self, peer: _Peer, slot: Slot) -> None:
         task = self.core.task_at(peer.number, slot.begun)
         if task is None or peer.launch is None:
             return
@@ -4097,7 +4118,8 @@ class Dispatcher:
         slot.interrupt(task[0] if call else sum(task))
         self._signal(peer, signal.SIGINT)
         patience = self.specs[peer.launch[0]]["options"].get("kill_after")
-        if first and patience is not None:
+        if patience is not None and peer.doomed != task:
+            peer.doomed = task
             self._at(patience, lambda: self._kill_still(peer, task))
 
     def _kill_still(self, peer: _Peer, task: tuple[int, int]) -> None:
@@ -4110,28 +4132,28 @@ class Dispatcher:
         peer, record = self.peers.get(effect.daemon), self.core.daemons[effect.daemon]
         begun = record.position if peer is None or peer.slot is None else peer.slot.begun
         end = record.position + record.given()
-        if peer is None or begun >= end - 1:        # a moment later: it would be asked for again
-            self._at(CHUNK_TIME, lambda: self._do(self.core.returned(effect.daemon, end)))
-        else:
-            self._limit(peer, begun + 1 + (end - 1 - begun) // 2)
+        if peer is None or begun >= end - 1 or not self._limit(peer, begun + 1 + (end - 1 - begun) // 2):
+            self._do(self.core.returned(effect.daemon, end))
 
-    def _limit(self, peer: _Peer, position: int) -> None:
-        """From this position on it is to begin nothing; what it has begun by now is seen a moment later."""
+    def _limit(self, peer: _Peer, position: int) -> bool:
+        """From this position on it is to begin nothing; what it has begun by now is seen a moment later. False where it
+        was told as much before."""
         if peer.limit and peer.limit <= position:
-            return
+            return False
         peer.limit = position
         if peer.slot is None:
             self._post(peer, encode(Kind.LIMIT, position))
         else:
             peer.slot.limit(position)
             self._at(REVOKE_TIME, lambda: self._cut(peer, position))
+        return True
 
     def _cut(self, peer: _Peer, position: int) -> None:
         if peer.limit != position or peer.slot is None or peer.number not in self.core.daemons:
             return      # it has stopped meanwhile, or ended, or less is left to it
         record = self.core.daemons[peer.number]
         cut = max(position, peer.slot.begun + 1)
-        if cut >= record.position + record.given():
+        if cut >= record.position + record.given() and not record.stopping:
             peer.limit = 0
             peer.slot.limit(NO_LIMIT)
         self._do(self.core.returned(peer.number, cut))
@@ -6952,11 +6974,14 @@ def _source(items: Any, star: bool) -> _Source:
     shape = () if star else None
     if isinstance(items, collections.abc.Mapping):
         return _Source(_starred(list(items.values()), star), list(items), True, shape)
-    if not isinstance(items, collections.abc.Iterable):
-        raise TypeError(f"can't map over {items!r}: expected a collection, a mapping, a table or a generator of items")
-    if not isinstance(items, collections.abc.Iterator) and hasattr(items, "__len__"):
-        return _Source(_starred(list(items), star), None, False, shape)
-    return _Source(map(_check_star, items) if star else iter(items), None, False, shape)
+    try:
+        iterator = iter(items)
+    except TypeError:
+        raise TypeError(f"can't map over {items!r}, which is not iterable: expected a collection, a mapping, a table or a "
+                        "generator of items") from None
+    if iterator is not items and hasattr(items, "__len__"):
+        return _Source(_starred(list(iterator), star), None, False, shape)
+    return _Source(map(_check_star, iterator) if star else iterator, None, False, shape)
 
 
 def _starred(values: list[Any], star: bool) -> list[Any]:
@@ -6992,13 +7017,16 @@ def _table(items: Any) -> _Source | None:
 class _Answers:
     """The one block of an `everywhere` call; what a map's `_MapFeed` is to maps."""
 
-    names, keyed, lazy, exhausted = None, False, False, True
+    names, keyed, lazy, exhausted, gone = None, False, False, True, 0
 
     def __init__(self, link: Any, block: Block) -> None:
-        self.link, self.blocks = link, [block]
+        self.link, self.blocks, self.active = link, [block], [block]
 
-    def pull(self, taken: int) -> None:
+    def pull(self, wanted: int) -> None:
         """There is nothing more to come."""
+
+    def end(self) -> None:
+        """There never was."""
 
 
 class _MapFeed:
@@ -7009,11 +7037,13 @@ class _MapFeed:
         self.profile, self.link, self.constant = profile, profile.link, constant
         self.names, self.keyed = source.names, source.keyed
         self.retries, self.timeout, self.promise = retries, timeout, promise
-        self.blocks: list[Block] = []
-        self.total = 0                  # items taken so far
-        self.id = _take_ids(0)
+        self.blocks: list[Block] = []           # whose items have not all been handed out
+        self.active: list[Block] = []           # that hold unresolved items, as far as is known
+        self.total = self.taken = self.gone = 0     # items under way or done, handed out, and of those whose block is gone
+        self.id = _take_ids(1)
         self.lazy = not isinstance(source.values, list)
         self.exhausted = not self.lazy
+        self.failure: BaseException | None = None       # of the generator, or of what it gave
         self.window = 4 * max(1, self.link.counts[0])
         self.lock = threading.RLock()
         if self.lazy:
@@ -7042,42 +7072,89 @@ class _MapFeed:
                 self.link.watched(True)
             self.link.submit(block, task, self.retries, self.timeout, Kind.UNIT)
             self.blocks.append(block)
+            self.active.append(block)
             self.total += n
 
-    def pull(self, taken: int) -> None:
-        """Of a generator, takes more: `taken` have been consumed. A window that has run dry is too small, and grows."""
+    # -- of a generator
+
+    def under_way(self) -> int:
+        self.active = [block for block in self.active if block.left]
+        return sum([block.left for block in self.active])
+
+    def pull(self, wanted: int) -> None:
+        """Takes more, where so many have been consumed. A window that has run dry is too small, and grows."""
         with self.lock:
             if self.exhausted:
                 return
-            under_way = sum([block.left for block in self.blocks])
+            under_way = self.under_way()
             if not under_way and self.total:
                 self.window = min(2 * self.window, WINDOW_MOST)
-            ahead = max(self.total - taken, under_way)
-            if 2 * ahead > self.window or sum([block.size for block in self.blocks if block.left]) > WINDOW_BYTES:
+            ahead = max(self.total - wanted, under_way)
+            if 2 * ahead > self.window or sum([block.size for block in self.active]) > WINDOW_BYTES:
                 return
             values: list[Any] = []
             try:
                 values.extend(itertools.islice(self.source, min(self.window - ahead, UNIT_ITEMS)))
-            except BaseException:
-                self.exhausted = True
-                raise
-            self.exhausted = not values
-            if values:
-                self._send(values)
+                self.exhausted = not values
+            except BaseException as error:
+                self._fail(error)
+            try:
+                if values:
+                    self._send(values)
+            except (TypeError, ValueError, pickle.PicklingError) as error:
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """For whoever comes to it, after what came before."""
+        self.exhausted, self.failure = True, error
+        if not isinstance(error, Exception):
+            raise error
+
+    def take(self) -> Mirai | None:
+        """Hands out the next item, None at the end."""
+        with self.lock:
+            while True:
+                self.pull(self.taken)
+                if self.taken < self.total:
+                    break
+                if self.failure is not None:
+                    raise self.failure
+                if self.exhausted:
+                    return None
+                left = self.under_way()
+                self.link.wait_for(lambda: self.under_way() != left, None)      # noqa: B023
+            block, at = self.at(self.taken)
+            self.taken += 1
+            m = block.mirai(at)
+            if at == len(block) - 1:
+                self.gone += len(block)
+                self.blocks.remove(block)
+            return m
+
+    def at(self, index: int) -> tuple[Block, int]:
+        at = index - self.gone
+        for block in self.blocks if at >= 0 else ():
+            if at < len(block):
+                return block, at
+            at -= len(block)
+        raise IndexError(f"item {index} of {self.total}" + (" was handed out before" if 0 <= index < self.gone else ""))
+
+    def end(self) -> None:
+        """Takes no more."""
+        self.exhausted = True
 
 
 class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
     """The items of a map, in order: iterate over it or index it for their mirais.
 
     `mp[:]` waits and gives a list of values and error values (a dict where the items were a mapping);
-    `mp.results()` raises what the first failed item raised; `async for value in mp` gives values as they come, and raises
-    the same. `mp.names`: the mapping's keys, or a table's row labels, else None. Of a generator items are handed out once,
-    and not kept: its length is known at its end, and `mp[:]` gives those not yet handed out.
+    `mp.results()` raises what the first failed item raised; `async for value in mp` gives values as they come, and
+    raises the same. `mp.names`: the mapping's keys, or a table's row labels, else None. Of a generator items are handed
+    out once, by whatever iterates, and not kept: its length is known at its end, and `mp[:]` gives those not handed out.
     """
 
     def __init__(self, feed: Any) -> None:
         self._feed = feed
-        self._gone = 0                  # items of a generator that were handed out, with their blocks
 
     # -- shape
 
@@ -7091,40 +7168,27 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
         return self._count()
 
     def _count(self) -> int:
-        return self._gone + sum([len(block) for block in self._feed.blocks])
-
-    def _at(self, index: int) -> tuple[Block, int]:
-        index -= self._gone
-        for block in self._feed.blocks:
-            if 0 <= index < len(block):
-                return block, index
-            index -= len(block)
-        raise IndexError(index)
+        return self._feed.gone + sum([len(block) for block in self._feed.blocks])     # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[Mirai]:
-        index, blocks = self._gone, self._feed.blocks
-        while True:
-            self._feed.pull(index)
-            if index >= self._count():
-                return
-            block, at = self._at(index)
-            yield block.mirai(at)
-            index += 1
-            if self._feed.lazy and at == len(block) - 1:
-                self._link_wait(lambda: not blocks[0].left)
-                self._gone += len(blocks.pop(0))
+        if self._feed.lazy:
+            return iter(self._feed.take, None)
+        return (block.mirai(i) for block in self._feed.blocks for i in range(len(block)))
 
     def __getitem__(self, key: Any) -> Any:
         if key == slice(None):
             self._wait(False)
-            return self._shape([block.look(i)[0] for block in self._feed.blocks for i in range(len(block))])
+            return self._shape([block.look(i)[0] for block, i in self._kept()])
         if isinstance(key, slice):
             raise TypeError("mp[:] waits for all values, mp[i] is the i-th mirai; there are no other slices")
-        if self._feed.lazy:
-            raise TypeError("items of a generator are handed out in order: iterate over the map, or list(mp)")
-        key = key + len(self) if key < 0 else key
-        block, at = self._at(key)
+        key = operator.index(key)
+        block, at = self._feed.at(key + len(self) if key < 0 else key)
         return block.mirai(at)
+
+    def _kept(self) -> list[tuple[Block, int]]:
+        """All items but those of a generator that were handed out."""
+        skip = self._feed.taken - self._feed.gone if self._feed.lazy else 0
+        return [(block, i) for block in self._feed.blocks for i in range(len(block))][skip:]
 
     def _shape(self, values: list[Any]) -> Any:
         return dict(zip(self.names or (), values)) if self._feed.keyed else values
@@ -7132,16 +7196,12 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
     @property
     def data(self) -> Any:
         """What there is now: values, error values, `UNRESOLVED`."""
-        return self._shape([UNRESOLVED if outcome is None else block.look(i)[0]
-                            for block in self._feed.blocks for i, outcome in enumerate(block.outcomes)])
+        return self._shape([UNRESOLVED if block.outcomes[i] is None else block.look(i)[0] for block, i in self._kept()])
 
     # -- waiting
 
-    def _link_wait(self, done: Callable[[], bool]) -> None:
-        self._feed.link.wait_for(done, None)
-
     def _left(self) -> int:
-        return sum([block.left for block in self._feed.blocks])
+        return sum([block.left for block in self._feed.active])
 
     def _wait(self, progress: bool | None) -> None:
         feed = self._feed
@@ -7150,32 +7210,38 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
                 pass
         while True:
             feed.pull(self._count())
-            blocks = [block for block in feed.blocks if block.left]
-            if not blocks and feed.exhausted:
-                return
-            for block in blocks[:1]:
-                self._link_wait(lambda block=block: not block.left)      # type: ignore[misc]
+            waiting = next((block for block in list(feed.active) if block.left), None)
+            if waiting is not None:
+                feed.link.wait_for(lambda block=waiting: not block.left, None)
+            elif feed.exhausted:
+                break
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        """Of the generator, which gave no more."""
+        if self._feed.lazy and self._feed.failure is not None:
+            raise self._feed.failure
 
     def _arriving(self, progress: bool | None) -> Iterator[tuple[Block, int]]:
         """Items as they resolve."""
-        feed, arrivals = self._feed, _Arrivals(self)
+        feed, arrivals = self._feed, _Arrivals(self._feed, False)
         with _Progress(None if feed.lazy else len(self), progress) as bar:
             while True:
                 feed.pull(arrivals.count)
+                left = self._left()
                 found = arrivals.new()
                 for each in found:
                     bar.advance()
                     yield each
-                if not found and feed.exhausted and not self._left():
+                if not found and feed.exhausted and not left:
                     return
                 if not found:
-                    left = self._left()
-                    self._link_wait(lambda: self._left() != left)      # noqa: B023
+                    feed.link.wait_for(lambda: self._left() != left, None)      # noqa: B023
 
     def results(self, progress: bool | None = False) -> Any:
         """All values, in item order; raises what the first failed item raised. progress: as for `collect_mirai()`."""
         self._wait(progress)
-        return self._shape([self._result(block, i) for block in self._feed.blocks for i in range(len(block))])
+        return self._shape([self._result(block, i) for block, i in self._kept()])
 
     @staticmethod
     def _result(block: Block, index: int) -> Any:
@@ -7184,31 +7250,35 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
 
     async def __aiter__(self) -> Any:
         import asyncio
-        loop, feed, arrivals = asyncio.get_running_loop(), self._feed, _Arrivals(self)
+        loop, feed = asyncio.get_running_loop(), self._feed
+        arrivals = _Arrivals(feed, feed.lazy)
         feed.link.add_loop(loop)
         try:
             while True:
                 feed.pull(arrivals.count)
                 waiter = _LoopWaiter(loop)
-                blocks = list(feed.blocks)
+                blocks = list(feed.active)
                 for block in blocks:
                     block.waiters.append(waiter)
                 try:
+                    left = self._left()
                     found = arrivals.new()
-                    if not found and feed.exhausted and not self._left():
-                        return
-                    if not found:
+                    if not found and feed.exhausted and not left:
+                        break
+                    if not found and left:
                         await waiter.future
                 finally:
                     for block in blocks:
                         block.waiters.remove(waiter)
                 for block, index in found:
                     yield self._result(block, index)
+            self._raise_failure()
         finally:
             feed.link.remove_loop(loop)
 
     def _stop(self) -> list[bool]:
-        return [new for block in self._feed.blocks
+        self._feed.end()
+        return [new for block in {**dict.fromkeys(self._feed.blocks), **dict.fromkeys(self._feed.active)}
                 for new in self._feed.link.cancel_items(block, 0, len(block), MiraiCancelled("cancelled"))]
 
     def __repr__(self) -> str:
@@ -7217,23 +7287,35 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
 
 
 class _Arrivals:
-    """Which items of a map have resolved since one last asked. Those of a generator are let go once they were told."""
+    """Which items of a map have resolved since one last asked; `take`: and are thereby handed out."""
 
-    def __init__(self, mp: MiraiMap) -> None:
-        self.map, self.told = mp, {}        # type: ignore[var-annotated]
-        self.count = mp._gone
-        self.drop = mp._feed.lazy
+    def __init__(self, feed: Any, take: bool) -> None:
+        self.feed, self.take = feed, take
+        self.told: dict[Block, bytearray] = {}
+        self.count = feed.gone
 
     def new(self) -> list[tuple[Block, int]]:
         found = []
-        for block in list(self.map._feed.blocks):
-            told = self.told.setdefault(block.id, bytearray(len(block)))
+        for block in list(self.feed.blocks):
+            told = self.told.setdefault(block, bytearray(len(block)))
             if told.count(0) > 0:
                 found += [(block, i) for i, outcome in enumerate(block.outcomes) if outcome is not None and not told[i]]
         for block, i in found:
-            self.told[block.id][i] = 1
+            self.told[block][i] = 1
         self.count += len(found)
+        if self.take:
+            self._let_go()
         return found
+
+    def _let_go(self) -> None:
+        feed = self.feed
+        with feed.lock:
+            for block in [block for block, told in self.told.items() if not told.count(0)]:
+                del self.told[block]
+                if block in feed.blocks:
+                    feed.blocks.remove(block)
+                    feed.gone += len(block)
+                    feed.taken = max(feed.taken, feed.gone)
 
 
 def _each(x: Any) -> Sequence[Mirai]:
@@ -7295,7 +7377,6 @@ def _stop_map_at_failure(mp: MiraiMap, progress: bool | None) -> None:
         try:
             mp._result(block, index)
         except Exception:
-            mp._feed.exhausted = True
             mp._stop()
             raise
 
