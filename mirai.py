@@ -161,6 +161,7 @@ KEPT_UNITS = 4              # frames of items that a daemon keeps: the pieces it
 KEPT_PACES = 64             # maps of which it is remembered how long their items take
 WINDOW_MOST = 16384         # items of a generator that are under way at once, at most
 WINDOW_BYTES = 1 << 26      # or so many bytes of them
+WINDOW_TIME = 0.05          # seconds that what is taken at once should keep daemons busy; else more is
 OUTPUT_TIME = 1.0           # a daemon waits so long for what its task wrote to be passed on
 REDIAL_FIRST, REDIAL_MOST = 0.05, 1.0   # seconds between a daemon's attempts to reach a host: the first, the longest
 
@@ -1229,7 +1230,7 @@ def restore_namespaces(kept: Mapping[str, Mapping[str, Any]]) -> None:
 def forget_globals(before: Mapping[str, set[str]]) -> None:
     """What was written for the last task, and has not been for this one: the host has it no more."""
     for module, names in before.items():
-        for name in names.difference(_written.get(module, ())):
+        for name in names.difference(_written.get(module, ()), _held.get(module, ())):
             _namespaces[module].pop(name, None)
 
 
@@ -1259,10 +1260,28 @@ def _make_lru_cache(maxsize: int | None, typed: bool, f: Callable[..., Any]) -> 
     return functools.lru_cache(maxsize, typed)(f)
 
 
+def _generator_module(method: Any, name: str) -> Any:
+    """Where it is a method of a module's own random generator, the module: there it means that process's generator."""
+    for module in ("random", "numpy.random"):
+        found = sys.modules.get(module)
+        if found is not None and getattr(found, name, None) in (method,) and getattr(method, "__self__", None) is not found:
+            return found
+    return None
+
+
+def _reduce_builtin(self: Pickler, function: Any) -> Any:
+    module = None if function.__self__ is None or isinstance(function.__self__, types.ModuleType) else (
+        _generator_module(function, function.__name__))
+    return NotImplemented if module is None else (getattr, (module, function.__name__))
+
+
 def _reduce_method(self: Pickler, method: types.MethodType) -> Any:
     """By its name where that leads to it, else as what it is made of: a child may have another of that name."""
     f, owner = method.__func__, method.__self__
     name = getattr(f, "__name__", "")
+    module = _generator_module(method, name)
+    if module is not None:
+        return getattr, (module, name)
     found = getattr(owner if isinstance(owner, type) else type(owner), name, None)
     by_name = found is f or found is not None and getattr(found, "__func__", None) is f
     return (getattr, (owner, name)) if by_name else (types.MethodType, (f, owner))
@@ -1840,7 +1859,7 @@ def _refuse(what: str, instead: str) -> Callable[[Pickler, Any], NoReturn]:
 _REDUCERS: dict[type, Callable[[Any, Any], Any]] = {
     type(functools.lru_cache(repr)): _reduce_lru_cache,         # on PyPy a function, which comes next
     types.FunctionType: _reduce_function,
-    types.BuiltinFunctionType: lambda self, x: NotImplemented,
+    types.BuiltinFunctionType: _reduce_builtin,
     types.MethodType: _reduce_method,
     types.CellType: _reduce_cell,
     types.CodeType: lambda self, x: (_load_code, (sys.implementation.cache_tag, _dump_code(x))),
@@ -2579,7 +2598,7 @@ class _DaemonRecord:
     """What the core knows of a connected daemon."""
 
     __slots__ = ("state", "pieces", "own", "position", "sent", "revoking", "stopping", "fresh", "epoch", "replaying",
-                 "slot", "why", "proven")
+                 "due", "slot", "why", "proven")
 
     def __init__(self, slot: int | None) -> None:
         self.state = IDLE
@@ -2592,6 +2611,7 @@ class _DaemonRecord:
         self.fresh = False              # it has, and is to be told that what comes is meant
         self.epoch = 0                  # `everywhere` calls it has run
         self.replaying = False
+        self.due = 0                    # calls that it must have run to be of use
         self.slot = slot
         self.why = DIED                 # unless it says another reason first
         self.proven = False             # it has answered a task
@@ -2689,6 +2709,7 @@ class DispatcherCore:
             self._complete(unit, new)
             effects.append(Resolve(id, lo, lo + n, RESULT))
         record.proven = True
+        self._count_ready(record)
         if unit.call is not None:
             unit.call.worked = unit.call.worked or not failed
         elif unit.pace is not None and seconds:
@@ -2809,7 +2830,14 @@ class DispatcherCore:
                 replay = _Unit(unit.id, 1, 0, None, call)
                 given = self._give(daemon, record, _Piece(replay, 0, 1, 0))
                 return [Replay(daemon, unit.id, given[0].fresh)]
+        self._count_ready(record)
         return []
+
+    def _count_ready(self, record: _DaemonRecord) -> None:
+        """A daemon counts once it has run the calls that were made before it came."""
+        if record.due and record.epoch >= record.due:
+            record.due = 0
+            self.cumulative += 1
 
     def _leave_calls(self, daemon: int, record: _DaemonRecord, comes_again: bool) -> list[Any]:
         """It has ended without having run these: its answer is open to its successor, or there will be none."""
@@ -2835,7 +2863,8 @@ class DispatcherCore:
     def joined(self, daemon: int, slot: int | None = None) -> list[Any]:
         """A daemon is there and ready; `slot`: the launch it came from, None where it was started elsewhere."""
         record = self.daemons[daemon] = _DaemonRecord(slot)
-        self.cumulative += 1
+        record.due = len(self.calls)
+        self.cumulative += not record.due
         if slot is not None:
             self._mark(slot, READY)
         effects: list[Any] = []
@@ -4221,7 +4250,8 @@ class Dispatcher:
 # Knows:  its connection, the tasks it was given, its limits.
 # Never:  queueing, other daemons.        Thread: tasks run in the main thread; nowhere else is user code called.
 
-_here: dict[str, Any] = {"daemon": False, "evaluating": False, "map": False}    # is a daemon; evaluates, in sync mode; a map
+# What this process is and does: is a daemon, and one that a nursery began; evaluates a task in sync mode; an item of a map
+_here: dict[str, Any] = {"daemon": False, "launched": False, "evaluating": False, "map": False}
 DaemonOptions = collections.namedtuple("DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output")
 _LIMITS = ("idletime", "walltime", "maxtasks")
 _SWITCHES = ("asyncdial", "cleanup", "output", "dispatcher", "forward_imports")
@@ -4523,7 +4553,7 @@ class _ThreadInbox:
         except OSError:
             return
         finally:
-            if self.autoexit is not True and not self.over:
+            if self.autoexit is not True and not self.over and _here["launched"]:
                 _leave_terminal()
             self._messages.put(None)
             if self.autoexit is True:
@@ -4584,6 +4614,9 @@ class _Daemon:
         self.position = 1               # of the next task; the dispatcher counts as well
         self.units: dict[int, Items] = {}
         self.halted = False             # it was stopped, and goes on with what is said to be meant
+        _here["map"] = False
+        if self.options.cleanup:        # its last host may have gone before that was done
+            self.surroundings.restore()
         signal.signal(signal.SIGINT, self._on_sigint)
         sys.unraisablehook = self._on_unraisable
         try:
@@ -5218,6 +5251,7 @@ def _local_daemon(spec: Mapping[str, Any], key: str, launch: tuple[int, int], pa
     if spec["nofile"]:
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, (spec["nofile"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    _here["launched"] = True
     given = spec["options"]
     stream = advance_stream(tuple(spec["stream"]), launch[1]) if given.get("rs") is None else stream_from_r(given["rs"])
     options = _daemon_options(given, stream)
@@ -7045,6 +7079,7 @@ class _MapFeed:
         self.exhausted = not self.lazy
         self.failure: BaseException | None = None       # of the generator, or of what it gave
         self.window = 4 * max(1, self.link.counts[0])
+        self.pulled = -math.inf                 # when items were last taken
         self.lock = threading.RLock()
         if self.lazy:
             self.source = source.values
@@ -7082,16 +7117,20 @@ class _MapFeed:
         return sum([block.left for block in self.active])
 
     def pull(self, wanted: int) -> None:
-        """Takes more, where so many have been consumed. A window that has run dry is too small, and grows."""
+        """Takes more, where so many have been consumed. A window that soon runs dry is too small, and grows."""
         with self.lock:
             if self.exhausted:
                 return
-            under_way = self.under_way()
-            if not under_way and self.total:
-                self.window = min(2 * self.window, WINDOW_MOST)
-            ahead = max(self.total - wanted, under_way)
+            under_way, ahead = self.under_way(), self.total - wanted
+            if ahead < 8 * self.window and self._waits(wanted):     # for the daemons, so these are to have enough
+                ahead = under_way
+            ahead = max(ahead, under_way)
             if 2 * ahead > self.window or sum([block.size for block in self.active]) > WINDOW_BYTES:
                 return
+            now = time.monotonic()
+            if not under_way and now - self.pulled < WINDOW_TIME:       # daemons idle, though consumption is fast
+                self.window = min(2 * self.window, WINDOW_MOST)
+            self.pulled = now
             values: list[Any] = []
             try:
                 values.extend(itertools.islice(self.source, min(self.window - ahead, UNIT_ITEMS)))
@@ -7103,6 +7142,13 @@ class _MapFeed:
                     self._send(values)
             except (TypeError, ValueError, pickle.PicklingError) as error:
                 self._fail(error)
+
+    def _waits(self, wanted: int) -> bool:
+        """Whether whoever consumes must wait for the next item."""
+        if not self.gone <= wanted < self.total:
+            return True
+        block, at = self.at(wanted)
+        return block.outcomes[at] is None
 
     def _fail(self, error: BaseException) -> None:
         """For whoever comes to it, after what came before."""
