@@ -373,7 +373,7 @@ class _Generators:
         random.seed(int.from_bytes(struct.pack("<6I", *stream), "little"))
         numpy_random = sys.modules.get("numpy.random")
         if numpy_random is not None and hasattr(numpy_random, "seed"):
-            numpy_random.seed(stream)
+            numpy_random.seed((*stream, 1))     # not what `random` draws
         elif self not in sys.meta_path:
             sys.meta_path.insert(0, self)       # type: ignore[arg-type]
 
@@ -393,7 +393,7 @@ class _Generators:
     def _load(self, exec_module: Callable[[Any], None], module: Any) -> None:
         exec_module(module)
         if self.stream is not None:
-            module.seed(self.stream)
+            module.seed((*self.stream, 1))
 
     def withdraw(self) -> None:
         with contextlib.suppress(ValueError):
@@ -3733,6 +3733,10 @@ class Dispatcher:
             peer.connection.close()
         self.listener.close()
         self.nursery.close()
+        for peer in [*self.peers.values(), *self.joined.values()]:
+            peer.slot = None
+        self.page = memoryview(b"")     # a thread's: with the last reference to it the page is unmapped
+        self.timers.clear()
 
     def _timeout(self) -> float:
         return max(0.0, self.timers[0][0] - time.monotonic())
@@ -4917,6 +4921,8 @@ class Nursery:
             self._kill_due()
             for connection in list(self.unsent):
                 self._tell(connection)
+                if connection not in self.unsent:
+                    self._output_passed(connection)
             if os.getppid() != self.host:
                 self.ending = True
         self._end()
@@ -5127,11 +5133,16 @@ class Nursery:
         dispatcher = self.dispatchers.get(child.job)
         if data and child.out >= 0 and dispatcher is not None and dispatcher.control is not None:
             self._tell(dispatcher.control, encode(Kind.OUTPUT, 0, data, stream))
-        if child.slot is not None:
+        if child.slot is not None and (dispatcher is None or dispatcher.control not in self.unsent):
             child.slot.passing_output(False)
         if data == b"":
             self._close_output(child, stream)
         return bool(data)
+
+    def _output_passed(self, control: Connection) -> None:
+        for child in self.children.values():
+            if child.slot is not None and self.dispatchers[child.job].control is control:
+                child.slot.passing_output(False)
 
     def _close_output(self, child: _Child, stream: int) -> None:
         fd = child.words if stream == 2 else child.out
@@ -5917,6 +5928,9 @@ class Link:
         with self.lock:
             if self.closed is None and (self.connection.receive() or self.connection.ended):
                 self._take()
+        while self.outputs:
+            self.write_outputs()
+            self._take()
         if self.reader not in (0, threading.get_ident()):
             self._signal(self.waken)        # it sleeps in `poll`, and what it sleeps for may just have been taken
 
@@ -5924,13 +5938,15 @@ class Link:
         pending, result = self.pending, Kind.RESULT
         with self.lock:
             for message in self.connection.decoder:
+                if self.outputs:            # to be written before what comes behind it
+                    break
                 if message[0] == result:
                     m = pending.get(message[1])
                     if m is not None:
                         self._resolve(m, message[3])
                 else:
                     self._take_notice(message)
-            if self.connection.ended:
+            if self.connection.ended and not self.outputs:
                 self._end()
             if self.sleepers:
                 self._wake_sleepers()
@@ -6026,14 +6042,11 @@ class Link:
             finally:
                 self.reader = 0
                 self._hand_over()
-            if self.outputs:
-                self.write_outputs()
-        if self.outputs:
-            self.write_outputs()
         return True
 
     def write_outputs(self) -> None:
-        """Writes here what tasks wrote; whoever waits does so before it goes on, else the link's own thread."""
+        """Writes here what tasks wrote; whoever reads does so before it takes what came after it, holding no lock that
+        others need."""
         with self.writing:
             while self.outputs:
                 stream, data = self.outputs[0]
@@ -6044,8 +6057,10 @@ class Link:
                 self.outputs.popleft()
 
     def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
-        if self.connection.decoder.chunks:
-            self._take()                # what an interrupted reader left behind
+        if self.connection.decoder.chunks or self.outputs:
+            self._read()                # what an interrupted reader left behind
+            if self.connection.decoder.chunks:
+                self._take()
         for _ in range(SPINS if len(self.pending) < MANY else 0):
             self._read()
             self.reads += 1
@@ -6124,8 +6139,6 @@ class Link:
                 else:
                     left_at = self.reads    # left to them, unless nothing has come of it by the next time
                 dozing = True               # nobody waits for what comes next, or they read it
-            if self.outputs and not self.reader:
-                self.write_outputs()
 
     def _send_left(self) -> float:
         """Sends what was left to be sent, unless somebody is sending; seconds until that is worth another try."""
@@ -6328,6 +6341,7 @@ class _Profile(_Streams):
         self.spec: Mapping[str, Any] = {}
         self.registered = dict(_registered)
         self.streams = random_stream()  # of its daemons
+        self.given: tuple[Any, Any] = (None, None)      # url and key, where the user has chosen them
 
     def changed_path(self) -> list[str] | None:
         return None if sys.path == self.path else import_path()
@@ -6382,6 +6396,8 @@ class _HereLink:
         self.completed = 0
         self.closed: str | None = None
         self.base = copy_namespaces()       # what `everywhere` calls have left in them
+        self.stream = random_stream()
+        self.needs: list[dict[bytes, Any]] = []     # definitions of the tasks that are being evaluated, inner ones last
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -6392,14 +6408,8 @@ class _HereLink:
 
     def submit(self, m: Any, task: Task, retries: int, timeout: float | None, kind: int = Kind.TASK,
                wait: bool = True) -> bool:
-        for hash, blob in task.needs.items():
-            receive_definition(hash, blob if isinstance(blob, bytes) else b"".join(blob))
-        try:
-            with self.lock, self._as_daemon(kind), _ctrl_c() as pressed:
-                outcomes = self._evaluate(kind, b"".join(task.parts), pressed)
-        finally:
-            for hash in task.needs:
-                receive_definition(hash, None)
+        with self.lock, self._as_daemon(kind, task.needs), _ctrl_c() as pressed:
+            outcomes = self._evaluate(kind, b"".join(task.parts), pressed)
         if kind == Kind.EVERYWHERE:
             m.resize(1)
         with self.lock:
@@ -6421,17 +6431,27 @@ class _HereLink:
         return [stopped if pressed else items.evaluate(index) for index in range(items.n)]
 
     @contextlib.contextmanager
-    def _as_daemon(self, kind: int) -> Iterator[None]:
-        """The host's own state is afterwards as it was."""
+    def _as_daemon(self, kind: int, needs: dict[bytes, Any]) -> Iterator[None]:
+        """The host's own state is afterwards as it was. One task may call for another."""
         before, surroundings = dict(_here), Surroundings()
-        surroundings.namespaces = self.base
+        if not self.needs:
+            surroundings.namespaces = self.base
+            restore_namespaces(self.base)
+        self.needs.append(needs)
+        for hash, blob in needs.items():
+            receive_definition(hash, blob if isinstance(blob, bytes) else b"".join(blob))
         _here.update(evaluating=True, map=kind == Kind.UNIT)
         try:
-            restore_namespaces(self.base)
             with generators_restored():
+                self.stream = advance_stream(self.stream)
+                GENERATORS.seed(self.stream)
                 yield
         finally:
             _here.update(before)
+            self.needs.pop()
+            for hash in needs:
+                if not any(hash in others for others in self.needs):
+                    receive_definition(hash, None)
             if kind == Kind.EVERYWHERE:
                 self.base = surroundings.namespaces = copy_namespaces()
             surroundings.restore()
@@ -6665,8 +6685,12 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, remote: Any 
     hooks = make_hooks(serial)
     if n == 0 or n is None:
         return _set(name, None, -1, n is None)
-    return _set(name, lambda: _new_profile(count, daemon_options, name, url, parsed, hooks, False, not dispatcher, seed,
-                                           memory), count)
+
+    def make() -> _Profile:
+        profile = _new_profile(count, daemon_options, name, url, parsed, hooks, False, not dispatcher, seed, memory)
+        profile.given = url, key
+        return profile
+    return _set(name, make, count)
 
 
 def _set(name: str, make: Callable[[], Any] | None, count: int, all: bool = False) -> Daemons:
@@ -6751,6 +6775,7 @@ def launch_local(n: int = 1, *, compute: str | None = None, **daemon_options: An
     profile = _find(compute)
     if isinstance(profile, _SyncProfile):
         raise RuntimeError("the profile evaluates mirais in this process: it has no daemons")
+    _check_options(daemon_options, *profile.given)
     profile.launch(n, daemon_options)
     return n
 
