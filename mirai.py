@@ -1220,11 +1220,8 @@ def restore_namespaces(kept: Mapping[str, Mapping[str, Any]]) -> None:
     """Whatever tasks have assigned is as it was when `copy_namespaces()` gave `kept`."""
     _written.clear()
     for module, space in _namespaces.items():
-        old = kept.get(module)
-        if old is None:
-            old = {"__name__": module, "__builtins__": builtins}
         space.clear()
-        space.update(old)
+        space.update(kept.get(module) or {"__name__": module, "__builtins__": builtins})
 
 
 def forget_globals(before: Mapping[str, set[str]]) -> None:
@@ -2549,7 +2546,7 @@ class _Unit:
     def __init__(self, id: int, n: int, epoch: int, pace: _Pace | None = None, call: _Call | None = None) -> None:
         self.id, self.n, self.left, self.epoch, self.pace, self.call = id, n, n, epoch, pace, call
         self.done = None if n == 1 else bytearray(n)
-        self.holders: dict[int, None] = {}      # daemons that were given some
+        self.holders: Any = ()                  # daemons that were given some
 
     def count(self, lo: int, hi: int) -> int:
         """How many of these are not completed."""
@@ -2557,9 +2554,11 @@ class _Unit:
 
     def complete(self, lo: int, hi: int) -> int:
         """How many of these were not completed, and are now."""
-        new = self.count(lo, hi)
-        if self.done is not None:
-            self.done[lo:hi] = b"\1" * (hi - lo)
+        if self.done is None:
+            new, self.left = self.left, 0
+            return new
+        new = self.done.count(0, lo, hi)
+        self.done[lo:hi] = b"\1" * (hi - lo)
         self.left -= new
         return new
 
@@ -2617,7 +2616,10 @@ class _DaemonRecord:
         self.proven = False             # it has answered a task
 
     def given(self) -> int:
-        return sum([piece.hi - piece.lo for piece in self.pieces])
+        n = 0
+        for piece in self.pieces:
+            n += piece.hi - piece.lo
+        return n
 
 
 class DispatcherCore:
@@ -2654,14 +2656,23 @@ class DispatcherCore:
         """`n` tasks as one unit; `map`: whose items they are."""
         if id in self.units:
             raise ProtocolError(f"task {id} was submitted twice")
-        pace = None if map is None else self.paces.get(map)
-        if map is not None and pace is None:
+        pace = None if map is None else self._pace(map)
+        unit = self.units[id] = _Unit(id, n, len(self.calls), pace)
+        self.unresolved += n
+        piece = _Piece(unit, 0, n, retries)
+        if self.direct:
+            return self._enqueue([piece]) + self._next()
+        self.queue.append(piece)
+        self.queued += n
+        return self._next() if self.idle or self.resting or self.stopped else []
+
+    def _pace(self, map: int) -> _Pace:
+        pace = self.paces.get(map)
+        if pace is None:
             pace = self.paces[map] = _Pace()
             if len(self.paces) > KEPT_PACES:
                 del self.paces[next(iter(self.paces))]
-        unit = self.units[id] = _Unit(id, n, len(self.calls), pace)
-        self.unresolved += n
-        return self._enqueue([_Piece(unit, 0, n, retries)]) + self._next()
+        return pace
 
     def cancelled(self, id: int, lo: int, hi: int) -> list[Any]:
         """The host has resolved these; what is unknown here has finished meanwhile."""
@@ -2690,31 +2701,33 @@ class DispatcherCore:
                  failed: bool = False) -> list[Any]:
         """The daemon has answered its next n tasks; the shell holds what it said, and Resolve says to pass it on."""
         record = self.daemons[daemon]
-        piece = record.pieces[0] if record.pieces else None
+        piece, end = record.pieces[0] if record.pieces else None, lo + n
         if DAEMON_TABLE[record.state, "reported"] is FAULT or piece is None or (
-                piece.unit.id != id or piece.lo != lo or not 0 < n <= piece.hi - lo):
+                piece.unit.id != id or piece.lo != lo or not lo < end <= piece.hi):
             return [Drop(daemon, f"it answered {n} of task {id} from {lo} on while {record.state}")]
         unit = piece.unit
-        piece.lo += n
+        piece.lo = end
         record.position += n
-        if piece.lo == piece.hi:
+        if end == piece.hi:
             record.pieces.popleft()
         if record.slot is not None and not record.replaying:
             self.failures = 0
         effects: list[Any] = []
-        new = unit.complete(lo, lo + n)
+        new = unit.complete(lo, end)
         if record.replaying:
             record.replaying = False
         elif new:
             self._complete(unit, new)
-            effects.append(Resolve(id, lo, lo + n, RESULT))
+            effects.append(Resolve(id, lo, end, RESULT))
         record.proven = True
-        self._count_ready(record)
+        if record.due:
+            self._count_ready(record)
         if unit.call is not None:
             unit.call.worked = unit.call.worked or not failed
         elif unit.pace is not None and seconds:
             unit.pace.measured(n, seconds)
-        return effects + self._go_on(daemon, record)
+        effects += self._go_on(daemon, record)
+        return effects
 
     def _complete(self, unit: _Unit, n: int) -> None:
         self.unresolved -= n
@@ -2810,7 +2823,7 @@ class DispatcherCore:
         self.queued += call.open
         effects: list[Any] = [Sized(id, n)]
         for daemon in list(self.idle):
-            effects += self._feed(daemon, self.daemons[daemon])
+            effects += self._feed(daemon, self.daemons[daemon])     # which takes it from there
         return effects + self._next()
 
     def _run_calls(self, daemon: int, record: _DaemonRecord) -> list[Any]:
@@ -2984,7 +2997,7 @@ class DispatcherCore:
         """Restores rules 2 and 4."""
         effects: list[Any] = []
         while self.idle and _first_of(self.queue) is not None:
-            daemon = next(reversed(self.idle))
+            daemon, _ = self.idle.popitem()
             effects += self._feed(daemon, self.daemons[daemon])
         if self.idle and self.holders and not self.direct:
             effects += self._steal()
@@ -2998,16 +3011,20 @@ class DispatcherCore:
 
     def _go_on(self, daemon: int, record: _DaemonRecord) -> list[Any]:
         """It has answered something, or is new."""
-        if len(record.pieces) < 2 and record.given() < 2:
-            self.holders.pop(daemon, None)
+        if daemon in self.holders and record.given() < 2:
+            del self.holders[daemon]
         if record.state is LEAVING:
             return self._next()
         if record.pieces or record.stopping:
             return self._prefetch(daemon, record)
-        record.state = IDLE
-        self.idle[daemon] = None
         effects = self._feed(daemon, record)
-        return effects + (self._prefetch(daemon, record) if effects else self._next())
+        if not effects:
+            record.state = IDLE
+            self.idle[daemon] = None
+            return self._next()
+        if record.pieces[0].unit.pace is not None:
+            effects += self._prefetch(daemon, record)
+        return effects
 
     def _feed(self, daemon: int, record: _DaemonRecord) -> list[Any]:
         """Something for an idle daemon, if there is something."""
@@ -3038,7 +3055,7 @@ class DispatcherCore:
             return queue.popleft()
         size = self.fixed or unit.pace.size
         if len(queue) == 1 and not self.direct and not self.fixed:
-            size = min(size, -(-(head.hi - head.lo) // max(1, len(self.idle))))
+            size = min(size, -(-(head.hi - head.lo) // (1 + len(self.idle))))
         hi = min(head.hi, head.lo + size)
         cancelled = -1 if unit.done is None else unit.done.find(1, head.lo, hi)
         if cancelled >= 0:
@@ -3057,7 +3074,8 @@ class DispatcherCore:
         record.state = BUSY
         record.pieces.append(piece)
         record.sent += n
-        unit.holders[daemon] = None
+        if daemon not in unit.holders:
+            unit.holders += (daemon,)
         if unit.call is None:
             self.queued -= n
         if n > 1 or len(record.pieces) > 1:
@@ -3651,6 +3669,7 @@ class _Peer:
         self.role = "stranger"
         self.launch: tuple[int, int] | None = None      # slot, serial of a local daemon
         self.slot: Slot | None = None                   # its part of the page, where it uses that
+        self.output = False                             # what its tasks write comes by the nursery
         self.name = ""
         self.pid = 0
         self.known: set[bytes] = set()                  # definitions that were sent to it: hashes, and rows of them
@@ -3850,6 +3869,7 @@ class Dispatcher:
         if peer.launch:
             self.joined[peer.launch[0]] = peer
             peer.slot = Slot(self.page, peer.launch[0]) if about.get("page") else None
+            peer.output = self.specs[peer.launch[0]]["options"].get("output", False)
         self._do(self.core.joined(peer.number, peer.launch and peer.launch[0]))
 
     def adopt_host(self, connection: Connection) -> None:
@@ -3992,8 +4012,8 @@ class Dispatcher:
 
     def _from_daemon(self, peer: _Peer, message: Message) -> None:
         kind, id = message.kind, message.id
-        if kind in (Kind.RESULT, Kind.RESULTS):
-            if peer.launch is not None and self.specs[peer.launch[0]]["options"].get("output"):
+        if kind == Kind.RESULT or kind == Kind.RESULTS:
+            if peer.output:
                 self._read_nursery()        # what the task wrote has come before it
             self._answered(peer, message)
         elif kind == Kind.STOPPED:
@@ -4095,9 +4115,9 @@ class Dispatcher:
             self.watched.add(effect.daemon)
             payload = RANGE.pack(effect.lo, effect.hi)
             self._post(peer, encode(Kind.RUN, effect.unit, payload, FRESH if effect.fresh else 0))
-            return
-        peer.claimed = self.core.daemons[effect.daemon].sent - 1
-        self._send(peer, frame, FRESH if effect.fresh else 0)
+        else:
+            peer.claimed = self.core.daemons[effect.daemon].sent - 1
+            self._send(peer, frame, FRESH if effect.fresh else 0)
 
     def _replay(self, effect: Any) -> None:
         peer = self.peers[effect.daemon]
@@ -4212,6 +4232,9 @@ class Dispatcher:
                 head = RESULTS_HEAD.pack(0, lo, 1, 0.0)
                 kind, payload = Kind.RESULTS, b"".join([head, *join_apart([payload])])
             self._post(self.host, encode(kind, unit, payload))
+            if kind == Kind.RESULT:
+                del self.frames[unit]
+                return
         self._release(unit)
 
     def _sized(self, effect: Any) -> None:
@@ -5690,15 +5713,23 @@ class Block:
         if m is not None:
             value = m.data
             return value, m._failed
-        if isinstance(outcome, bytes):
-            value, worked = load_outcome(outcome)
-            outcome = value, not worked
-        else:
-            outcome = outcome, True
+        outcome = _look(outcome)
         with self.owner.lock:
             if not isinstance(self.outcomes[index], tuple):     # of two at once the first to finish decides
                 self.outcomes[index] = outcome
             return self.outcomes[index]     # type: ignore[no-any-return]
+
+    def look_all(self) -> list[tuple[Any, bool]]:
+        """The same of all, which have resolved."""
+        if self.mirais:
+            return [self.look(index) for index in range(len(self))]
+        before = self.outcomes
+        looked = [outcome if isinstance(outcome, tuple) else _look(outcome) for outcome in before]
+        with self.owner.lock:
+            if self.outcomes is before and not self.mirais:
+                self.outcomes = looked
+                return looked
+        return [self.look(index) for index in range(len(self))]
 
     def mirai(self, index: int) -> Mirai:
         with self.owner.lock:
@@ -5708,6 +5739,13 @@ class Block:
                 if self.outcomes[index] is not None:
                     m.settle(self.outcomes[index])
             return m
+
+
+def _look(outcome: bytes | ErrorValue) -> tuple[Any, bool]:
+    if not isinstance(outcome, bytes):
+        return outcome, True
+    value, worked = load_outcome(outcome)
+    return value, not worked
 
 
 class _Item(Mirai):
@@ -5830,15 +5868,16 @@ class Link:
     def _reserve(self, m: Mirai | Block, task: Task, wait: bool) -> bool:
         """Room for a task in the budget, which one alone may exceed."""
         size = sum(map(len, task.parts))
-        for hash, blob in task.needs.items():
+        for hash, blob in task.needs.items() if self.capacity is not None else ():
             if hash not in self.ahead:
                 size += len(blob) if type(blob) is bytes else sum(map(len, blob))
         while True:
             with self.lock:
-                if self.capacity is None or not self.used or self.used + size <= self.capacity:
-                    m.size = size
-                    self.used += size
-                    self.peak = max(self.peak, self.used)
+                used = self.used + size
+                if self.capacity is None or not self.used or used <= self.capacity:
+                    m.size, self.used = size, used
+                    if used > self.peak:
+                        self.peak = used
                     return True
             if not wait:
                 return False
@@ -7249,7 +7288,7 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
     def __getitem__(self, key: Any) -> Any:
         if key == slice(None):
             self._wait(False)
-            return self._shape([block.look(i)[0] for block, i in self._kept()])
+            return self._shape([value for value, _ in self._looked()])
         if isinstance(key, slice):
             raise TypeError("mp[:] waits for all values, mp[i] is the i-th mirai; there are no other slices")
         key = operator.index(key)
@@ -7260,6 +7299,10 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
         """All items but those of a generator that were handed out."""
         skip = self._feed.taken - self._feed.gone if self._feed.lazy else 0
         return [(block, i) for block in self._feed.blocks for i in range(len(block))][skip:]
+
+    def _looked(self) -> list[tuple[Any, bool]]:
+        skip = self._feed.taken - self._feed.gone if self._feed.lazy else 0
+        return list(itertools.chain.from_iterable(block.look_all() for block in self._feed.blocks))[skip:]
 
     def _shape(self, values: list[Any]) -> Any:
         return dict(zip(self.names or (), values)) if self._feed.keyed else values
@@ -7312,7 +7355,11 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
     def results(self, progress: bool | None = False) -> Any:
         """All values, in item order; raises what the first failed item raised. progress: as for `collect_mirai()`."""
         self._wait(progress)
-        return self._shape([self._result(block, i) for block, i in self._kept()])
+        looked = self._looked()
+        for (_, failed), (block, i) in zip(looked, self._kept()) if any(failed for _, failed in looked) else ():
+            if failed:
+                block.mirai(i).result()
+        return self._shape([value for value, _ in looked])
 
     @staticmethod
     def _result(block: Block, index: int) -> Any:
