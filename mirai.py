@@ -103,6 +103,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     FutureOfAny = concurrent.futures.Future[Any]
+    Stream = tuple[int, ...]
 else:
     FutureOfAny = concurrent.futures.Future
 
@@ -152,7 +153,7 @@ CO_COROUTINE = 0x80         # in a code object's flags; `inspect` has it, but is
 SLOT_SIZE = 8192            # bytes of the shared page per local daemon: more only matters to outcomes that are larger
 SLOT_HEAD = 64              # of them for the words in front, one cache line
 SLOTS = 16384               # local daemons a dispatcher can have in its lifetime at once; untouched pages cost nothing
-CHUNK_TIME = 0.01           # seconds for which a daemon is given items, and between its reports: less costs a frame each
+CHUNK_TIME = 0.01           # seconds that a daemon is given items for, and between its reports: less costs a frame each
 STEAL_AFTER = 0.002         # what somebody else will have done by then is not worth taking from them
 REVOKE_TIME = 0.0003        # until every processor sees what another has written, many times over
 UNIT_ITEMS = 4096           # items of a map in one frame: more would make the first wait, fewer cost frames
@@ -296,18 +297,18 @@ def describe_loss(who: str, how: str, words: str = "") -> str:
 # Knows:  arithmetic; `random` and numpy's global generator, which it seeds.
 # Never:  who has which stream.
 # Source: L'Ecuyer, Simard, Chen and Kelton, "An object-oriented random-number package with many long streams and
-#         substreams", Operations Research 50 (2002). MRG32k3a: two recurrences of three numbers each; streams are 2**127
-#         steps apart, substreams 2**76, and a step is a product with a matrix.
+#         substreams", Operations Research 50 (2002). MRG32k3a: two recurrences of three numbers each; streams are
+#         2**127 steps apart, substreams 2**76, and a step is a product with a matrix.
 
 _MODULI = (4294967087, 4294944443)
 _STEPS = (((0, 1, 0), (0, 0, 1), (-810728, 1403580, 0)), ((0, 1, 0), (0, 0, 1), (-1370589, 0, 527612)))
 STREAM, SUBSTREAM = 127, 76
 R_KIND = 10407              # how R's `.Random.seed` says that it is this generator, with inversion and rejection
 
-Stream = tuple              # of six ints, below the first modulus and below the second, three each
+# A stream is six ints, three below the first modulus and three below the second.
 
 
-def seed_stream(seed: int) -> Stream[int, ...]:
+def seed_stream(seed: int) -> Stream:
     """The state that R's `set.seed(seed)` gives this generator."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not -1 << 31 <= seed < 1 << 32:
         raise ValueError(f"seed={seed!r}: expected an integer of 32 bits, as R takes it")
@@ -320,13 +321,13 @@ def seed_stream(seed: int) -> Stream[int, ...]:
     return tuple(state[50:])
 
 
-def random_stream() -> Stream[int, ...]:
+def random_stream() -> Stream:
     """One that nobody else has."""
     system = random.SystemRandom()
     return tuple(system.randrange(1, modulus) for modulus in _MODULI for _ in range(3))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _doubled(times: int) -> Any:
     """The matrices of both recurrences for 2**times steps."""
     if not times:
@@ -335,7 +336,7 @@ def _doubled(times: int) -> Any:
                        for row in matrix) for matrix, modulus in zip(_doubled(times - 1), _MODULI))
 
 
-def advance_stream(stream: Stream[int, ...], count: int = 1, distance: int = STREAM) -> Stream[int, ...]:
+def advance_stream(stream: Stream, count: int = 1, distance: int = STREAM) -> Stream:
     """The stream that is `count` further on."""
     while count:
         if count & 1:
@@ -349,12 +350,12 @@ def advance_stream(stream: Stream[int, ...], count: int = 1, distance: int = STR
     return stream
 
 
-def stream_to_r(stream: Stream[int, ...]) -> list[int]:
+def stream_to_r(stream: Stream) -> list[int]:
     """As R's `.Random.seed` has it: seven integers, of 32 bits with a sign."""
     return [R_KIND, *(value - (1 << 32) if value >> 31 else value for value in stream)]
 
 
-def stream_from_r(rs: Sequence[int]) -> Stream[int, ...]:
+def stream_from_r(rs: Sequence[int]) -> Stream:
     """Of what `stream_to_r()` gives; ValueError for anything else."""
     values = tuple(rs) if isinstance(rs, (list, tuple)) else ()
     if len(values) != 7 or values[0] % 100 != R_KIND % 100 or not all(type(value) is int for value in values):
@@ -366,16 +367,16 @@ class _Generators:
     """Seeds `random`, and numpy's global generator when it is there: now, or as soon as a task imports it."""
 
     def __init__(self) -> None:
-        self.stream: Stream[int, ...] | None = None
+        self.stream: Stream | None = None
 
-    def seed(self, stream: Stream[int, ...]) -> None:
+    def seed(self, stream: Stream) -> None:
         self.stream = stream
         random.seed(int.from_bytes(struct.pack("<6I", *stream), "little"))
         numpy_random = sys.modules.get("numpy.random")
         if numpy_random is not None and hasattr(numpy_random, "seed"):
             numpy_random.seed((*stream, 1))     # not what `random` draws
         elif self not in sys.meta_path:
-            sys.meta_path.insert(0, self)       # type: ignore[arg-type]
+            sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """As a finder of modules: stands aside, but has numpy's generator seeded once it is imported."""
@@ -397,7 +398,7 @@ class _Generators:
 
     def withdraw(self) -> None:
         with contextlib.suppress(ValueError):
-            sys.meta_path.remove(self)          # type: ignore[arg-type]
+            sys.meta_path.remove(self)
 
 
 GENERATORS = _Generators()
@@ -470,7 +471,7 @@ RANGE = struct.Struct("<II")        # from the first to before the second
 UNIT_HEAD = struct.Struct("<IQ")    # how many tasks, and the map that they are of
 RESULTS_HEAD = struct.Struct("<QIId")   # position and index of the first, how many, seconds; then the outcomes, apart
 KIND_AT = 9                         # of a frame's bytes, the kind
-FRESH, REPLAY = 1, 2                # what comes is meant, though the daemon had been stopped; nobody waits for the answer
+FRESH, REPLAY = 1, 2                # what comes is meant, though the daemon had stopped; nobody waits for the answer
 FAILED = 1
 TOGETHER, APART = b"t", b"a"        # several things in one serialization, or each in its own behind their lengths
 
@@ -516,7 +517,7 @@ def check_results(message: Message) -> tuple[int, int, int, float]:
         head = RESULTS_HEAD.unpack_from(payload)
         lengths = struct.unpack_from(f"<{head[2]}I", payload, RESULTS_HEAD.size)
         if RESULTS_HEAD.size + 4 * head[2] + sum(lengths) == len(payload) and head[2]:
-            return head     # type: ignore[return-value]
+            return head
     raise ProtocolError(f"{message!r} does not hold what it says")
 
 
@@ -1261,7 +1262,7 @@ def _generator_module(method: Any, name: str) -> Any:
     """Where it is a method of a module's own random generator, the module: there it means that process's generator."""
     for module in ("random", "numpy.random"):
         found = sys.modules.get(module)
-        if found is not None and getattr(found, name, None) in (method,) and getattr(method, "__self__", None) is not found:
+        if found is not None and getattr(found, name, None) == method and method.__self__ is not found:
             return found
     return None
 
@@ -2011,8 +2012,9 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
 
 _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
 VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
-# A task begins with how it is made: TOGETHER, its two pickles share objects, or APART, each stands alone, and the length
-APART_HEAD = struct.Struct("<cQ")       # of the first comes before it. In front of that there may be a random stream:
+# A task begins with how it is made: TOGETHER, its two pickles share objects, or APART, each stands alone, and the
+# length of the first comes before it. In front of that there may be a random stream.
+APART_HEAD = struct.Struct("<cQ")
 SEEDED = b"s"
 SEED_HEAD = struct.Struct("<c6I")
 _NUMBERS = frozenset((type(None), bool, int, float, complex))       # of which many are short
@@ -2051,8 +2053,8 @@ Constant = collections.namedtuple("Constant", "task hooks")     # what the items
 
 def dump_constant(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], path: list[str] | None,
                   shape: Any = None, hooks: Hooks | None = None) -> Constant:
-    """To be completed by `dump_units()`. `shape`: None for `f(item, …)`, () for `f(*item, …)` or `f(**item, …)`, or the
-    names of what items are made of. Arguments that are large go ahead, and are loaded once by each daemon."""
+    """To be completed by `dump_units()`. `shape`: None for `f(item, …)`, () for `f(*item, …)` or `f(**item, …)`, or
+    the names of what items are made of. Arguments that are large go ahead, and are loaded once by each daemon."""
     sink, pickler = _begin(APART, f, args, kwargs, path, hooks, shape=shape)
     parts = _apart(sink)
     sink = Sink(b"")
@@ -2067,7 +2069,7 @@ def dump_constant(f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 def dump_units(constant: Constant, map: int, items: list[Any], name: Callable[[int], str],
-               streams: Stream[int, ...] | None) -> Iterator[tuple[int, Task]]:
+               streams: Stream | None) -> Iterator[tuple[int, Task]]:
     """Items of the map `map`, UNIT_ITEMS of them at most, as units: how many are in each, and what is sent. `name`: how
     the user would write the i-th. `streams`: the first one's. TypeError where one can't be serialized."""
     kinds = {type(item) for item in items}
@@ -2096,7 +2098,7 @@ def dump_units(constant: Constant, map: int, items: list[Any], name: Callable[[i
             parts, needs, size = [], {}, 0
 
 
-def _unit(constant: Constant, map: int, n: int, streams: Stream[int, ...] | None, how: bytes, body: list[bytes],
+def _unit(constant: Constant, map: int, n: int, streams: Stream | None, how: bytes, body: list[bytes],
           needs: Mapping[bytes, Any]) -> Task:
     seed = [] if streams is None else [SEED_HEAD.pack(SEEDED, *streams)]
     return Task({**constant.task.needs, **needs}, [UNIT_HEAD.pack(n, map), *seed, *constant.task.parts, how, *body])
@@ -2231,7 +2233,7 @@ def _load_parts(payload: bytes) -> tuple[Any, Any]:
     return content, unpickler.load()
 
 
-def seeded(task: Task, stream: Stream[int, ...] | None) -> Task:
+def seeded(task: Task, stream: Stream | None) -> Task:
     """The task with the stream that the random generators are to have when it begins."""
     if stream is None:
         return task
@@ -2280,11 +2282,11 @@ class Items:
     def __init__(self, payload: bytes) -> None:
         self.n = UNIT_HEAD.unpack_from(payload)[0]
         view, at = memoryview(payload), UNIT_HEAD.size
-        self.first: Stream[int, ...] | None = None
+        self.first: Stream | None = None
         if payload.startswith(SEEDED, at):
             self.first = SEED_HEAD.unpack_from(view, at)[1:]
             at += SEED_HEAD.size
-        self.seeded = 0, self.first         # an index, and its stream
+        self.seeded: Any = (0, self.first)  # an index, and its stream
         self.constant = []
         for _ in range(2):
             start = at + APART_HEAD.size
@@ -2492,7 +2494,8 @@ def _load_failure(message: str, classes: list[str], trace: str, attributes: dict
 # Rule 5. MAX_FAILED_STARTS launches that end before they are ready (or before they begin the first task they are
 #         given), no local daemon having answered in between, stop the launching until it is asked for anew.
 # Rule 6. `everywhere` calls are counted (epochs): before a daemon begins a task it has run the calls made before that
-#         task was submitted. Those there at the call, and the first to join up to its minimum, answer it; others replay.
+#         task was submitted. Those there at the call, and the first to join up to its minimum, answer it; others
+#         replay.
 
 Assign = collections.namedtuple("Assign", "daemon unit lo hi fresh")    # send these there; fresh: it had stopped
 Replay = collections.namedtuple("Replay", "daemon unit fresh")          # have it run an `everywhere` call as others did
@@ -2566,7 +2569,7 @@ class _Unit:
 class _Call:
     """An `everywhere` call: who still owes an answer, how many answers are open to newcomers, how many were begun."""
 
-    __slots__ = ("unit", "waiting", "open", "begun", "worked")
+    unit: _Unit
 
     def __init__(self, waiting: Iterable[int], open: int) -> None:
         self.waiting = dict.fromkeys(waiting)
@@ -3369,7 +3372,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket, decoder: Decoder | None = None) -> None:
         self.sock = sock
-        self._send, self._recv = sock.send, sock.recv
+        self._send = sock.send
+        self._recv: Callable[[int], bytes] = sock.recv
         self.decoder = decoder or Decoder()
         self.ended = False                          # the peer will send no more
         self._batch: list[bytes] = []
@@ -4277,7 +4281,7 @@ class Dispatcher:
 # Knows:  its connection, the tasks it was given, its limits.
 # Never:  queueing, other daemons.        Thread: tasks run in the main thread; nowhere else is user code called.
 
-# What this process is and does: is a daemon, and one that a nursery began; evaluates a task in sync mode; an item of a map
+# What this process is and does: is a daemon, one that a nursery began; evaluates a task in sync mode, an item of a map
 _here: dict[str, Any] = {"daemon": False, "launched": False, "evaluating": False, "map": False}
 DaemonOptions = collections.namedtuple("DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output")
 _LIMITS = ("idletime", "walltime", "maxtasks")
@@ -4301,10 +4305,11 @@ def daemon(url: str, *, dispatcher: bool = True, asyncdial: bool = False, autoex
     False dials the url again, for a next host. cleanup: after each task (once per chunk of a map) the names that it
     assigned in its namespace, sys.path, the environment, the working directory and the warnings filters are as they
     were; what `everywhere()` did stays. output: whether what tasks print is shown (local daemons of a host: there).
-    idletime, walltime: seconds without a task, and in all, after which it ends (what runs is finished first). maxtasks:
-    tasks after which it ends. rs: the random stream it begins with, as `nextstream()` gives. kill_after: for the host's
-    own local daemons, seconds after which one that does not give back a cancelled task is killed. key: the profile's, 64
-    hexadecimal digits or 32 bytes; by default MIRAI_KEY or, for a profile of the same user, its key file.
+    idletime, walltime: seconds without a task, and in all, after which it ends (what runs is finished first).
+    maxtasks: tasks after which it ends. rs: the random stream it begins with, as `nextstream()` gives. kill_after: for
+    the host's own local daemons, seconds after which one that does not give back a cancelled task is killed. key: the
+    profile's, 64 hexadecimal digits or 32 bytes; by default MIRAI_KEY or, for a profile of the same user, its key
+    file.
 
     Returns 0 (connection ended), 1 (idletime), 2 (walltime) or 3 (maxtasks), see `nextcode()`. Raises OSError where the
     url can't be reached, `Refused` where either side refuses the other.
@@ -4342,10 +4347,10 @@ def check_daemon_options(options: Mapping[str, Any]) -> None:
             stream_from_r(value)
 
 
-def _daemon_options(options: Mapping[str, Any], stream: Stream[int, ...]) -> DaemonOptions:
-    limits = [options.get(name, math.inf) for name in _LIMITS]
-    return DaemonOptions(options.get("autoexit", True), options.get("cleanup", True), *limits, stream,
-                         options.get("output", False))
+def _daemon_options(options: Mapping[str, Any], stream: Stream) -> DaemonOptions:
+    idletime, walltime, maxtasks = [options.get(name, math.inf) for name in _LIMITS]
+    return DaemonOptions(options.get("autoexit", True), options.get("cleanup", True), idletime, walltime, maxtasks,
+                         stream, options.get("output", False))
 
 
 def nextcode(xc: int) -> str:
@@ -4358,7 +4363,7 @@ def nextcode(xc: int) -> str:
 
 def _serve_at(url: str, key: bytes, about: Mapping[str, Any], options: DaemonOptions, patient: bool) -> int:
     """A daemon without a page: serves at the url, and with `autoexit=False` again and again."""
-    connection = _dial_patiently(url, key, about, math.inf, ()) if patient else dial(url, key, "daemon", about)
+    connection = _dial_patiently(url, key, about, math.inf, OSError) if patient else dial(url, key, "daemon", about)
     server = _Daemon(options)
     while connection is not None:
         inbox = _ThreadInbox(connection, options.autoexit)
@@ -4377,13 +4382,13 @@ def _serve_at(url: str, key: bytes, about: Mapping[str, Any], options: DaemonOpt
 
 
 def _dial_patiently(url: str, key: bytes, about: Mapping[str, Any], deadline: float,
-                    refused: Any) -> Connection | None:
+                    refused: type[Exception]) -> Connection | None:
     """Tries until somebody listens there; None after the deadline."""
     pause = REDIAL_FIRST
     while True:
         try:
             return dial(url, key, "daemon", about)
-        except (OSError, *([refused] if refused else [])):
+        except (OSError, refused):
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
@@ -4525,7 +4530,8 @@ class _ThreadInbox:
         return self._cancelled
 
     def begin(self, position: int, task: int) -> bool:
-        """Says what is begun, and then looks whether that is allowed; the reading thread does it the other way round."""
+        """Says what is begun, and then looks whether that is allowed; the reading thread does it the other way
+        round."""
         self.task, self.begun = task, position
         return position < self.limit
 
@@ -4668,7 +4674,7 @@ class _Daemon:
 
     def patience(self) -> float:
         options = self.options
-        return min(self.idle_since + options.idletime, self.end, time.monotonic() + WAIT_MOST) - time.monotonic()
+        return float(min(self.idle_since + options.idletime, self.end, time.monotonic() + WAIT_MOST) - time.monotonic())
 
     def why_now(self) -> int:
         return WALLTIME if time.monotonic() >= self.end else IDLETIME
@@ -4726,7 +4732,8 @@ class _Daemon:
         self.units[message.id] = Items(message.payload)
 
     def _run_piece(self, message: Message) -> int | None:
-        """Items of a map, one by one; outcomes are sent every CHUNK_TIME, and in between kept where a kill leaves them."""
+        """Items of a map, one by one; outcomes are sent every CHUNK_TIME, and in between kept where a kill leaves
+        them."""
         lo, hi = RANGE.unpack(message.payload)
         inbox, items = self.inbox, self.units[message.id]
         if self._skips(message, hi - lo):
@@ -5643,8 +5650,8 @@ class Mirai(FutureOfAny):
 
 
 class Block:
-    """The outcomes of consecutive items of a map; a Mirai is made of those that somebody looks at. An outcome is None, then
-    as it came (bytes, or an error value), then a value and whether it is an error value, once looked at."""
+    """The outcomes of consecutive items of a map; a Mirai is made of those that somebody looks at. An outcome is None,
+    then as it came (bytes, or an error value), then a value and whether it is an error value, once looked at."""
 
     def __init__(self, id: int, n: int, owner: Any, on_value: Any = None, on_error: Any = None) -> None:
         self.id, self.owner = id, owner
@@ -5668,8 +5675,8 @@ class Block:
     # -- resolving, by the owner
 
     def settle(self, lo: int, outcomes: Sequence[bytes | ErrorValue]) -> list[bool]:
-        """Resolves some, the owner's lock held: which had not resolved. Runs no user code. An interrupt in between, after
-        which it is done again, leaves nothing out: what is left is counted anew."""
+        """Resolves some, the owner's lock held: which had not resolved. Runs no user code. An interrupt in between,
+        after which it is done again, leaves nothing out: what is left is counted anew."""
         old = self.outcomes[lo:lo + len(outcomes)]
         new = [outcome is None for outcome in old]
         if all(new):
@@ -5799,8 +5806,8 @@ def _run_callbacks(queue: Any) -> None:
 
 
 class Link:
-    """The host's end of its connection to a dispatcher. `describe_end` says how that ended, when it has. `capacity`: how
-    many bytes of tasks may be under way."""
+    """The host's end of its connection to a dispatcher. `describe_end` says how that ended, when it has. `capacity`:
+    how many bytes of tasks may be under way."""
 
     def __init__(self, connection: Connection, describe_end: Callable[[], str], capacity: int | None = None) -> None:
         self.connection = connection
@@ -6343,11 +6350,11 @@ class _Streams:
         self._stream = random_stream() if seed is None else seed_stream(seed)
         self._lock = threading.Lock()
 
-    def next_stream(self, n: int = 1) -> Stream[int, ...] | None:
+    def next_stream(self, n: int = 1) -> Stream | None:
         """The first of the next n; None without a seed."""
         return self.take_stream(n) if self.seeded else None
 
-    def take_stream(self, n: int = 1) -> Stream[int, ...]:
+    def take_stream(self, n: int = 1) -> Stream:
         with self._lock:
             stream = self._stream
             self._stream = advance_stream(stream, n)
@@ -6413,7 +6420,8 @@ class _Profile(_Streams):
             self.dispatcher.close()
 
     def close(self, all: bool = False) -> None:
-        """Ends the dispatcher and its daemons, `all` of them or those that do not wait for a next host; waits for that."""
+        """Ends the dispatcher and its daemons, `all` of them or those that do not wait for a next host; waits for
+        that."""
         if all:
             with contextlib.suppress(MiraiConnectionReset):
                 self.link.end_daemons()
@@ -6617,7 +6625,7 @@ def import_path() -> list[str]:
     return [entry for entry in sys.path if type(entry) is str]
 
 
-def _daemon_spec(n: int, options: Mapping[str, Any], streams: Stream[int, ...]) -> dict[str, Any]:
+def _daemon_spec(n: int, options: Mapping[str, Any], streams: Stream) -> dict[str, Any]:
     """What local daemons are started with: the host's environment, directory, path and limits, as they are now."""
     env = {name: value for name, value in os.environ.items() if name != "MIRAI_KEY"}
     threads = "" if all(name in env for name in _THREAD_LIMITS) else str(max(1, cpu_count() // max(1, n)))
@@ -6687,18 +6695,18 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, remote: Any 
     """Sets n local daemons, persistent background processes that evaluate mirais; resets those set before.
 
     n: how many (`"auto"`: the CPUs there are); 0 or None ends them: what is unresolved becomes a
-    `MiraiConnectionReset`, and `mirai()` has processes of its own again. None also ends daemons of `autoexit=False`, which
-    else wait for a next host. url: where the dispatcher listens, `'tcp://127.0.0.1:0'` or `'ipc:///path'`, so that
-    daemons can also be started by hand; with a url n may be left out. dispatcher: False: daemons connect to this process,
-    and each has a queue of its own, to which tasks go in turn; the least of processes, good where tasks take much the
-    same time. sync: evaluate mirais in this process, at the call, for testing and debugging; disregards all but seed and
-    compute. seed: 32 bits: each mirai and each item of a map has a random stream of its own, whatever daemon evaluates
-    it, so that results can be reproduced; else each daemon has one. serial: for types that pickle can't carry, from
-    `serial_config()`; by default what `register_serial()` was given; needs the dispatcher. memory: bytes of tasks that
-    may be under way: `mirai()` waits for room, `try_mirai()` gives None. key: what daemons prove themselves by, 64
-    hexadecimal digits or 32 bytes; random by default. compute: the profile, an independent set of daemons; the current
-    one by default. daemon_options: as for `daemon()`. remote, tls, pass_: for other machines, which this version does
-    not reach.
+    `MiraiConnectionReset`, and `mirai()` has processes of its own again. None also ends daemons of `autoexit=False`,
+    which else wait for a next host. url: where the dispatcher listens, `'tcp://127.0.0.1:0'` or `'ipc:///path'`, so
+    that daemons can also be started by hand; with a url n may be left out. dispatcher: False: daemons connect to this
+    process, and each has a queue of its own, to which tasks go in turn; the least of processes, good where tasks take
+    much the same time. sync: evaluate mirais in this process, at the call, for testing and debugging; disregards all
+    but seed and compute. seed: 32 bits: each mirai and each item of a map has a random stream of its own, whatever
+    daemon evaluates it, so that results can be reproduced; else each daemon has one. serial: for types that pickle
+    can't carry, from `serial_config()`; by default what `register_serial()` was given; needs the dispatcher. memory:
+    bytes of tasks that may be under way: `mirai()` waits for room, `try_mirai()` gives None. key: what daemons prove
+    themselves by, 64 hexadecimal digits or 32 bytes; random by default. compute: the profile, an independent set of
+    daemons; the current one by default. daemon_options: as for `daemon()`. remote, tls, pass_: for other machines,
+    which this version does not reach.
 
     Returns when the local daemons are ready: a `Daemons`, true when set, also for `with daemons(2): ...`.
     Raises LaunchError, an OSError, with the last words of what could not be started or could not listen at the url;
@@ -6820,8 +6828,8 @@ def launch_local(n: int = 1, *, compute: str | None = None, **daemon_options: An
 
 
 def nextstream(compute: str | None = None) -> list[int] | None:
-    """The profile's next random stream, as R's `.Random.seed` has it (seven integers), which also advances it; None where
-    no daemons are set. For those who start daemons in ways of their own: `daemon(rs=)` takes it."""
+    """The profile's next random stream, as R's `.Random.seed` has it (seven integers), which also advances it; None
+    where no daemons are set. For those who start daemons in ways of their own: `daemon(rs=)` takes it."""
     profile = _find(compute)
     return None if profile is None else stream_to_r(profile.take_stream())
 
@@ -6954,7 +6962,8 @@ def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float
 
 def try_mirai(f: Callable[..., Any] | str, /, *args: Any, _timeout: float | None = None, _retries: int = 0,
               _compute: str | None = None, **kwargs: Any) -> Mirai | None:
-    """As `mirai()`, but None at once where the profile's `memory` budget has no room for the task, instead of waiting."""
+    """As `mirai()`, but None at once where the profile's `memory` budget has no room for the task, instead of
+    waiting."""
     return _submit(f, args, kwargs, _timeout, _retries, _compute, False)
 
 
@@ -6999,13 +7008,13 @@ def mirai_map(items: Any, f: Callable[..., Any], /, *args: Any, _star: bool = Fa
     """`f(item, *args, **kwargs)` for every item, on daemons: a `MiraiMap`, at once.
 
     items: a collection; a mapping, whose keys the results then have; a table (2-D numpy array, pandas or polars
-    DataFrame, Arrow table), mapped over its rows: `f(*row, …)`, or `f(**row, …)` where columns have names. Items that have
-    no length (a generator, `itertools.count()`) are taken a bounded number ahead of whoever consumes the results.
-    Items go to daemons several at a time where they are short; each has its own outcome, error, timeout and retries all
-    the same. args, kwargs: sent once to each daemon, and loaded there once where they are large (64 KiB): not to be
-    changed by `f`. _star: `f(*item, …)` for tuples and lists, `f(**item, …)` for mappings. _promise: a function, or a pair
-    of them (either may be None), called with each value, and with each error value, as they come, in a thread of
-    mirai's own. _timeout, _retries, _compute: as for `mirai()`, for each item.
+    DataFrame, Arrow table), mapped over its rows: `f(*row, …)`, or `f(**row, …)` where columns have names. Items
+    that have no length (a generator, `itertools.count()`) are taken a bounded number ahead of whoever consumes them.
+    Items go to daemons several at a time where they are short; each has its own outcome, error, timeout and retries
+    all the same. args, kwargs: sent once to each daemon, and loaded there once where they are large (64 KiB): not to
+    be changed by `f`. _star: `f(*item, …)` for tuples and lists, `f(**item, …)` for mappings. _promise: a function,
+    or a pair of them (either may be None), called with each value, and with each error value, as they come, in a thread
+    of mirai's own. _timeout, _retries, _compute: as for `mirai()`, for each item.
 
     Raises RuntimeError where no daemons are set; TypeError where f or an item can't be serialized, with the path to it.
 
@@ -7027,11 +7036,11 @@ def everywhere(f: Callable[..., Any] | str, /, *args: Any, _min: int = 1, _compu
                **kwargs: Any) -> MiraiMap:
     """Evaluates `f(*args, **kwargs)`, or source text, once on every daemon: a `MiraiMap` of one item a daemon.
 
-    What it changes there stays, whatever `cleanup` says: names that it assigns (as source: all of them, and the kwargs;
-    as a function: those it declares `global`), imports, sys.path, the environment, the working directory. Tasks submitted
-    later begin on a daemon only after it has run there; daemons that join later run all these calls first, save those
-    that failed on every daemon. One that fails on such a newcomer alone ends it, as a failed launch. It does not advance
-    the `seed` stream. _min: evaluate on so many daemons at least, and wait for them to join.
+    What it changes there stays, whatever `cleanup` says: names that it assigns (as source: all of them, and the
+    kwargs; as a function: those it declares `global`), imports, sys.path, the environment, the working directory.
+    Tasks submitted later begin on a daemon only after it has run there; daemons that join later run all these calls
+    first, save those that failed on every daemon. One that fails on such a newcomer alone ends it, as a failed launch.
+    It does not advance the `seed` stream. _min: evaluate on so many daemons at least, and wait for them to join.
 
     Raises RuntimeError where no daemons are set, TypeError as `mirai()`.
     """
@@ -7053,15 +7062,15 @@ def everywhere(f: Callable[..., Any] | str, /, *args: Any, _min: int = 1, _compu
 def _check_promise(promise: Any) -> tuple[Any, Any]:
     pair = promise if isinstance(promise, (tuple, list)) else (promise, None)
     if len(pair) != 2 or not all(each is None or callable(each) for each in pair):
-        raise TypeError(f"_promise={promise!r}: expected a function of the value, or a pair of functions, of the value and "
-                        "of the error value")
+        raise TypeError(f"_promise={promise!r}: expected a function of the value, or a pair of functions, of the value "
+                        "and of the error value")
     return pair[0], pair[1]
 
 
 # -- what is mapped over
 
-_Source = collections.namedtuple("_Source", "values names keyed shape")     # a list, or an iterator; labels or None; whether
-                                                                            # they are keys; see dump_constant
+# A list, or an iterator; labels or None; whether these are keys; see `dump_constant()`.
+_Source = collections.namedtuple("_Source", "values names keyed shape")
 
 
 def _source(items: Any, star: bool) -> _Source:
@@ -7075,8 +7084,8 @@ def _source(items: Any, star: bool) -> _Source:
     try:
         iterator = iter(items)
     except TypeError:
-        raise TypeError(f"can't map over {items!r}, which is not iterable: expected a collection, a mapping, a table or a "
-                        "generator of items") from None
+        raise TypeError(f"can't map over {items!r}, which is not iterable: expected a collection, a mapping, a table "
+                        "or a generator of items") from None
     if iterator is not items and hasattr(items, "__len__"):
         return _Source(_starred(list(iterator), star), None, False, shape)
     return _Source(map(_check_star, iterator) if star else iterator, None, False, shape)
@@ -7137,7 +7146,7 @@ class _MapFeed:
         self.retries, self.timeout, self.promise = retries, timeout, promise
         self.blocks: list[Block] = []           # whose items have not all been handed out
         self.active: list[Block] = []           # that hold unresolved items, as far as is known
-        self.total = self.taken = self.gone = 0     # items under way or done, handed out, and of those whose block is gone
+        self.total = self.taken = self.gone = 0     # items under way or done; handed out; whose block is gone
         self.id = _take_ids(1)
         self.lazy = not isinstance(source.values, list)
         self.exhausted = not self.lazy
@@ -7257,10 +7266,10 @@ class _MapFeed:
 class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
     """The items of a map, in order: iterate over it or index it for their mirais.
 
-    `mp[:]` waits and gives a list of values and error values (a dict where the items were a mapping);
-    `mp.results()` raises what the first failed item raised; `async for value in mp` gives values as they come, and
-    raises the same. `mp.names`: the mapping's keys, or a table's row labels, else None. Of a generator items are handed
-    out once, by whatever iterates, and not kept: its length is known at its end, and `mp[:]` gives those not handed out.
+    `mp[:]` waits and gives a list of values and error values (a dict where the items were a mapping); `mp.results()`
+    raises what the first failed item raised; `async for value in mp` gives values as they come, and raises the same.
+    `mp.names`: the mapping's keys, or a table's row labels, else None. Of a generator items are handed out once, by
+    whatever iterates, and not kept: its length is known at its end, and `mp[:]` gives those not handed out.
     """
 
     def __init__(self, feed: Any) -> None:
@@ -7459,10 +7468,10 @@ def call_mirai(x: Any) -> Any:
 def collect_mirai(x: Any, *, flat: bool = False, progress: bool | None = False, stop: bool = False) -> Any:
     """Waits for `x` and gives its value, or a list (a dict for a map over a mapping) of values; error values in place.
 
-    flat: one flat list: of values that are lists or tuples their elements, else themselves; raises what the first failed
-    task raised, and TypeError where they are not all of one type. progress: a bar on stderr. None: where that is a
-    terminal; True: elsewhere a line now and then, too. stop: at the first failure cancel the rest and raise what that
-    task raised.
+    flat: one flat list: of values that are lists or tuples their elements, else themselves; raises what the first
+    failed task raised, and TypeError where they are not all of one type. progress: a bar on stderr. None: where that
+    is a terminal; True: elsewhere a line now and then, too. stop: at the first failure cancel the rest and raise what
+    that task raised.
     """
     if isinstance(x, MiraiMap):
         if stop:
