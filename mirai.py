@@ -2768,6 +2768,7 @@ class DispatcherCore:
         if call is not None:                    # a replay, or cancelled: as if it had not come to it yet
             record.replaying = False
             record.epoch -= 1
+        effects += self._next()                 # those who idle first
         return effects + self._go_on(daemon, record) + self._next()
 
     def _take_back(self, record: _DaemonRecord, position: int) -> list[_Piece]:

@@ -6221,7 +6221,7 @@ class TestCore(Case):
         core.fixed = 1
         effects = core.has_stopped(1, 1)
         check_core(core)
-        self.assertEqual(effects, [Assign(1, 10, 0, 1, True), Assign(2, 10, 1, 2, False)])
+        self.assertEqual(effects, [Assign(2, 10, 0, 1, False), Assign(1, 10, 1, 2, True)])      # others first
 
     def test_one_that_has_stopped_and_owes_what_came_before_is_at_fault(self):
         core = self.holding(4)
@@ -7664,7 +7664,7 @@ class TestPage(Case):
             runner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(self.RUNNER), str(file.fileno())],
                                       pass_fds=[file.fileno()], env={**os.environ, "PYTHONPATH": HERE})
             try:
-                wait_until(lambda: slot.begun)
+                wait_until(lambda slot=slot: slot.begun)
                 chance, beyond, before, rounds = random.Random(3), 0, 0, 0
                 end = time.monotonic() + 2.5
                 while time.monotonic() < end and rounds < 5000:
