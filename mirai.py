@@ -4162,6 +4162,7 @@ class Dispatcher:
         if peer.slot is None:
             call = self.frames[unit][KIND_AT] == Kind.EVERYWHERE if unit in self.frames else False
             self._post(peer, encode(Kind.CANCEL, unit, RANGE.pack(0, 1) if call else RANGE.pack(lo, hi)))
+            self._doom(peer, core.task_at(number, first))
         elif first <= peer.slot.begun <= last:
             self._interrupt_task(peer, peer.slot)
         begun = core.daemons[number].position if peer.slot is None else peer.slot.begun
@@ -4175,15 +4176,21 @@ class Dispatcher:
         call = task[0] in self.frames and self.frames[task[0]][KIND_AT] == Kind.EVERYWHERE
         slot.interrupt(task[0] if call else sum(task))
         self._signal(peer, signal.SIGINT)
-        patience = self.specs[peer.launch[0]]["options"].get("kill_after")
-        if patience is not None and peer.doomed != task:
+        self._doom(peer, task)
+
+    def _doom(self, peer: _Peer, task: tuple[int, int] | None) -> None:
+        """A local daemon that goes on with a task that was cancelled is killed, where that is wanted."""
+        patience = None if peer.launch is None else self.specs[peer.launch[0]]["options"].get("kill_after")
+        if patience is not None and task is not None and peer.doomed != task:
             peer.doomed = task
             self._at(patience, lambda: self._kill_still(peer, task))
 
     def _kill_still(self, peer: _Peer, task: tuple[int, int]) -> None:
         """It has been told to drop this task for long enough."""
-        if peer.number in self.core.daemons and peer.slot is not None and (
-                self.core.task_at(peer.number, peer.slot.begun) == task):
+        core = self.core
+        if peer.number not in core.daemons or core.held(peer.number, task[0], task[1], task[1] + 1) is None:
+            return
+        if peer.slot is None or core.task_at(peer.number, peer.slot.begun) == task:
             self._signal(peer, signal.SIGKILL)
 
     def _revoke(self, effect: Any) -> None:
@@ -4283,7 +4290,7 @@ class Dispatcher:
 # Never:  queueing, other daemons.        Thread: tasks run in the main thread; nowhere else is user code called.
 
 # What this process is and does: is a daemon, one that a nursery began; evaluates a task in sync mode, an item of a map
-_here: dict[str, Any] = {"daemon": False, "launched": False, "evaluating": False, "map": False}
+_here: dict[str, Any] = {"daemon": False, "launched": False, "slot": None, "evaluating": False, "map": False}
 DaemonOptions = collections.namedtuple("DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output")
 _LIMITS = ("idletime", "walltime", "maxtasks")
 _SWITCHES = ("asyncdial", "cleanup", "output", "dispatcher", "forward_imports")
@@ -4792,8 +4799,8 @@ class _Daemon:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):        # a task's own
                 stream.flush()
-        if isinstance(self.inbox, _PageInbox):
-            self.inbox.slot.wait_output((1, 2), OUTPUT_TIME)
+        if _here["slot"] is not None:
+            _here["slot"].wait_output((1, 2), OUTPUT_TIME)
 
     def _guarded(self, task: int, evaluate: Callable[[Any], bytes], what: Any) -> bytes:
         """Evaluates a task. The interrupt that is meant for it is raised only between arming and disarming, once."""
@@ -5293,7 +5300,7 @@ def _local_daemon(spec: Mapping[str, Any], key: str, launch: tuple[int, int], pa
     if spec["nofile"]:
         import resource
         resource.setrlimit(resource.RLIMIT_NOFILE, (spec["nofile"], resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    _here["launched"] = True
+    _here.update(launched=True, slot=Slot(page, launch[0]))
     given = spec["options"]
     stream = advance_stream(tuple(spec["stream"]), launch[1]) if given.get("rs") is None else stream_from_r(given["rs"])
     options = _daemon_options(given, stream)
