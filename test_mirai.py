@@ -8193,7 +8193,7 @@ class TestDispatcher(Case):
         self.unit(host, 5, 4)
         self.expect(daemon.hear(), self.K.UNIT, 1)
         for lo in (0, 2):
-            self.assertEqual(sorted(shell.dispatcher.frames), [1, 5])
+            wait_until(lambda: sorted(shell.dispatcher.frames) == [1, 5])
             self.expect_run(daemon.hear(), 1, lo, lo + 2)
             self.results(daemon, 1, lo, lo + 2)
             self.expect(host.hear(), self.K.RESULTS, 1)
@@ -10836,7 +10836,11 @@ class TestNursery(Case):
             wait_until(lambda: "mirai-dispatcher" not in {thread.name for thread in threading.enumerate()}, 2.0)
             if first is None:
                 first = held()
-        self.assertEqual(held(), first)
+        def nothing_more():        # the nursery closes what it had a moment after the host has heard of the end
+            now = held()
+            return now[3:] == first[3:] and all(a <= b for a, b in zip(now[:3], first[:3]))
+
+        wait_until(nothing_more, 5.0, "the descriptors' being given back")
 
     def test_in_direct_mode_without_its_nursery_all_ends(self):
         with Gate() as gate:
