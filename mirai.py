@@ -3565,14 +3565,21 @@ class Slot:
     _INTERRUPT, _BEGUN, _LIMIT, _FIRST, _USED, _OUTPUT = range(6)
 
     def __init__(self, page: memoryview, slot: int) -> None:
-        own = page[slot * SLOT_SIZE:(slot + 1) * SLOT_SIZE]
-        self.words, self.area = own[:SLOT_HEAD].cast("Q"), own[SLOT_HEAD:]
+        start = slot * SLOT_SIZE
+        with page[start:start + SLOT_HEAD] as head:
+            self.words = head.cast("Q")
+        self.area = page[start + SLOT_HEAD:start + SLOT_SIZE]
         self.used = 0
 
     def clear(self) -> None:
         """For the next daemon: what the last one had begun is not its own."""
         self.words[:] = memoryview(bytes(SLOT_HEAD)).cast("Q")
         self.words[self._LIMIT] = NO_LIMIT
+
+    def release(self) -> None:
+        """Lets go of the page."""
+        self.words.release()
+        self.area.release()
 
     # -- the dispatcher writes
 
@@ -3653,6 +3660,15 @@ def new_page(file: int = -1) -> memoryview:
     """Memory for SLOTS local daemons, shared with whoever is forked from here or maps the same file; pages that nobody
     touches cost nothing."""
     return memoryview(mmap.mmap(file, SLOTS * SLOT_SIZE))
+
+
+def free_page(page: memoryview) -> None:
+    """Unmaps it, at once where nobody looks at a part of it any more, else with the last who does."""
+    memory = page.obj
+    if isinstance(memory, mmap.mmap):
+        page.release()
+        with contextlib.suppress(BufferError):
+            memory.close()
 
 
 # ======================================================================
@@ -3757,10 +3773,13 @@ class Dispatcher:
             peer.connection.close()
         self.listener.close()
         self.nursery.close()
-        for peer in [*self.peers.values(), *self.joined.values()]:
-            peer.slot = None
-        self.page = memoryview(b"")     # a thread's: with the last reference to it the page is unmapped
         self.timers.clear()
+        if self.core.direct:        # else it goes with the process
+            for peer in {*self.peers.values(), *self.joined.values()}:
+                if peer.slot is not None:
+                    peer.slot.release()
+                    peer.slot = None
+            free_page(self.page)
 
     def _timeout(self) -> float:
         return max(0.0, self.timers[0][0] - time.monotonic())
@@ -4260,7 +4279,9 @@ class Dispatcher:
     def _launch(self, effect: Any) -> None:
         serial = next(self.numbers)
         self.serials[effect.slot] = serial
-        Slot(self.page, effect.slot).clear()
+        slot = Slot(self.page, effect.slot)
+        slot.clear()
+        slot.release()
         self.to_fork.append((effect.slot, serial))
 
     def _fork(self) -> None:
@@ -5217,6 +5238,9 @@ class Nursery:
                 pass
         for stream in (1, 2):
             self._close_output(child, stream)       # a child of its own may hold the pipe open
+        if child.slot is not None:
+            child.slot.release()
+            child.slot = None
         if child.role == "dispatcher":
             self._dispatcher_ended(child, status)
             return
@@ -5239,6 +5263,8 @@ class Nursery:
             return
         if self.dispatchers.pop(dispatcher.job, None) is None:
             return
+        if dispatcher.page is not None:
+            free_page(dispatcher.page)
         self._remove_files(dispatcher)
         self._hang_up(dispatcher)
         words = dispatcher.tail.decode(errors="replace")
