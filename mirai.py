@@ -6203,6 +6203,7 @@ class Link:
         within the last DOZE seconds, and sleeps in `poll` where there is none."""
         dozing, left_at = False, -1
         poller = Poller(self.connection.fileno(), self.nudged)
+        self._take()            # what came right behind the handshake, which the socket will not tell of
         while self.closed is None:
             reads, timeout = self.reads, min(self._expire(), self._send_left())
             if dozing and not self.eager:
