@@ -2007,8 +2007,8 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
 # ======================================================================
 # 6. Task and outcome: the one place where user code is called
 # ======================================================================
-# Knows:  callables, source text, exceptions.
-# Never:  ids, sockets, who asked.
+# Knows:  callables, source text, exceptions; how the items of a map stand in a unit.
+# Never:  sockets, who asked.
 
 _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
 VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
@@ -2199,15 +2199,20 @@ def _explain(error: Exception, hooks: Mapping[type, Any], parts: Mapping[str, An
     return error
 
 
-def _load_task(payload: bytes) -> tuple[Any, ...]:
-    """f, args, kwargs, path, hash of the hooks."""
+def _loaded_alone(load: Callable[[Any], Any], data: Any) -> Any:
+    """What an earlier task has written into namespaces, and this one does not, is forgotten."""
     before = _written.copy() if _written else None
     _written.clear()
     try:
-        content, call = _load_parts(payload)
+        return load(data)
     finally:
         if before:
             forget_globals(before)
+
+
+def _load_task(payload: bytes) -> tuple[Any, ...]:
+    """f, args, kwargs, path, hash of the hooks."""
+    content, call = _loaded_alone(_load_parts, payload)
     (f, more, options, path, hooks), (args, kwargs) = content, call
     if more or options:
         args, kwargs = (*args, *more), {**options, **kwargs}
@@ -2302,7 +2307,7 @@ class Items:
         try:
             if isinstance(self.items, memoryview):
                 self.items = loads(self.items)
-            self.f, path, hash, self.shape = _load_function(self.constant[0])
+            self.f, path, hash, self.shape = _loaded_alone(_load_function, self.constant[0])
             self.args, self.kwargs = _load_arguments(self.constant[1])
             self.hooks = received_hooks(hash)
             if path is not None:
@@ -2336,19 +2341,8 @@ class Items:
 
 
 def _load_function(data: memoryview) -> Any:
-    content = _loaded_alone(data)
-    return _loaded_alone(_definition(content)) if type(content) is bytes else content
-
-
-def _loaded_alone(data: Any) -> Any:
-    """What an earlier task has written into namespaces, and this one does not, is forgotten."""
-    before = _written.copy() if _written else None
-    _written.clear()
-    try:
-        return loads(data)
-    finally:
-        if before:
-            forget_globals(before)
+    content = loads(data)
+    return loads(_definition(content)) if type(content) is bytes else content
 
 
 def _load_arguments(data: memoryview) -> Any:
@@ -3546,7 +3540,7 @@ def _receive_some(sock: socket.socket, url: str) -> bytes:
 # ======================================================================
 # 9. Shared page: what a dispatcher and its local daemons see of each other
 # ======================================================================
-# Knows:  memory that both have mapped.
+# Knows:  memory that both have mapped; of the pipes that a daemon writes to, whether they are empty.
 # Never:  who reads or writes when; each word has one writer.
 # Rule:   a word of eight bytes is written in one store. Of two that are written, one by each side, which then looks at
 #         the other's, at least one side sees what the other wrote, once a moment has passed (REVOKE_TIME): no processor
@@ -4021,8 +4015,12 @@ class Dispatcher:
 
     def _release(self, unit: int) -> None:
         """A frame goes once nobody wants an outcome of it; those of `everywhere` calls are there for newcomers."""
-        if unit not in self.core.units and unit in self.frames and self.frames[unit][KIND_AT] != Kind.EVERYWHERE:
-            del self.frames[unit]
+        if unit not in self.core.units and not self._is_call(unit):
+            self.frames.pop(unit, None)
+
+    def _is_call(self, unit: int) -> bool:
+        """Of `everywhere`; its answers go by one id, that of the call."""
+        return unit in self.frames and self.frames[unit][KIND_AT] == Kind.EVERYWHERE
 
     def _drop_definitions(self, hashes: list[bytes]) -> None:
         for hash in hashes:
@@ -4179,8 +4177,7 @@ class Dispatcher:
         first, last = held
         self._at(delay, lambda: self._interrupt(effect, min(2 * delay, 2.0)))
         if peer.slot is None:
-            call = self.frames[unit][KIND_AT] == Kind.EVERYWHERE if unit in self.frames else False
-            self._post(peer, encode(Kind.CANCEL, unit, RANGE.pack(0, 1) if call else RANGE.pack(lo, hi)))
+            self._post(peer, encode(Kind.CANCEL, unit, RANGE.pack(0, 1) if self._is_call(unit) else RANGE.pack(lo, hi)))
             self._doom(peer, core.task_at(number, first))
         elif first <= peer.slot.begun <= last:
             self._interrupt_task(peer, peer.slot)
@@ -4192,8 +4189,7 @@ class Dispatcher:
         task = self.core.task_at(peer.number, slot.begun)
         if task is None or peer.launch is None:
             return
-        call = task[0] in self.frames and self.frames[task[0]][KIND_AT] == Kind.EVERYWHERE
-        slot.interrupt(task[0] if call else sum(task))
+        slot.interrupt(task[0] if self._is_call(task[0]) else sum(task))
         self._signal(peer, signal.SIGINT)
         self._doom(peer, task)
 
@@ -4259,7 +4255,7 @@ class Dispatcher:
             self._post(self.host, encode_json(Kind.LOST, {"launch": launch, "text": text, "lo": lo, "hi": hi}, unit))
         elif self.outcome is not None:
             kind, _, _, payload = self.outcome
-            if kind == Kind.RESULT and self.frames[unit][KIND_AT] == Kind.EVERYWHERE:
+            if kind == Kind.RESULT and self._is_call(unit):
                 head = RESULTS_HEAD.pack(0, lo, 1, 0.0)
                 kind, payload = Kind.RESULTS, b"".join([head, *join_apart([payload])])
             self._post(self.host, encode(kind, unit, payload))
@@ -4727,25 +4723,27 @@ class _Daemon:
         self.inbox.stop(self.position)
         self.position += n
 
-    def _run_task(self, message: Message) -> int | None:
+    def _begins(self, message: Message) -> bool:
+        """Whether a single task is to be evaluated."""
         if self._skips(message, 1):
-            return None
+            return False
         if not self.inbox.begin(self.position, message.id):
             self._halt(1)
-            return None
+            return False
         self.position += 1
+        return True
+
+    def _run_task(self, message: Message) -> int | None:
+        if not self._begins(message):
+            return None
         outcome = self._guarded(message.id, evaluate, message.payload)
         self.done += 1
         return self._after([encode(Kind.RESULT, message.id, outcome)])
 
     def _run_everywhere(self, message: Message) -> int | None:
         """A call that failed here alone, in a replay, means that this daemon is not what tasks expect."""
-        if self._skips(message, 1):
+        if not self._begins(message):
             return None
-        if not self.inbox.begin(self.position, message.id):
-            self._halt(1)
-            return None
-        self.position += 1
         outcome = self._guarded(message.id, evaluate_everywhere, message.payload)
         self.surroundings = Surroundings()
         failed = outcome.startswith(FAILURE)
@@ -5105,6 +5103,8 @@ class Nursery:
 
     def _meet_dispatcher(self, job: int, spec: Mapping[str, Any]) -> None:
         """One in the host: its end of a control pipe, and the page, came with the message."""
+        if len(self.received) < 2:
+            raise OSError(errno.EMFILE, "its descriptors did not arrive: too many are open")
         control, file = self.received[:2]
         del self.received[:2]
         child = _Child("dispatcher", job, self.host, -1)
@@ -5200,7 +5200,8 @@ class Nursery:
 
     def _output_passed(self, control: Connection) -> None:
         for child in self.children.values():
-            if child.slot is not None and self.dispatchers[child.job].control is control:
+            dispatcher = self.dispatchers.get(child.job)        # one that is spared may have outlived it
+            if child.slot is not None and dispatcher is not None and dispatcher.control is control:
                 child.slot.passing_output(False)
 
     def _close_output(self, child: _Child, stream: int) -> None:
@@ -5402,6 +5403,7 @@ class NurseryHandle:
         job = next(self._jobs)
         file = os.memfd_create("mirai") if hasattr(os, "memfd_create") else _unnamed_file()
         control, theirs = socket.socketpair()
+        dispatcher = None
         try:
             os.ftruncate(file, SLOTS * SLOT_SIZE)
             dispatcher = Dispatcher(spec, Connection(control), new_page(file))
@@ -5409,6 +5411,8 @@ class NurseryHandle:
                 self.connection.flush()
                 socket.send_fds(self.connection.sock, [encode_json(Kind.START, spec, job)], [theirs.fileno(), file])
         except OSError as error:
+            if dispatcher is not None:
+                dispatcher.close()
             control.close()
             raise LaunchError(str(error.strerror or error)) from None
         finally:
@@ -5417,7 +5421,13 @@ class NurseryHandle:
         ours, host = socket.socketpair()
         dispatcher.adopt_host(Connection(host))
         threading.Thread(target=dispatcher.run, name="mirai-dispatcher", daemon=True).start()
-        self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
+        try:
+            self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
+            if self._listening.pop(job, None) is None:
+                raise LaunchError(f"the nursery did not take the dispatcher over; {self.describe_end(job, 0.0)}")
+        except BaseException:
+            ours.close()        # by which it ends
+            raise
         return job, format_url(dispatcher.address), dispatcher, ours
 
     def kill(self, job: int) -> None:
@@ -5880,10 +5890,12 @@ class Link:
 
     # -- sending
 
-    def submit(self, m: Mirai | Block, task: Task, retries: int, timeout: float | None, kind: int = Kind.TASK,
+    def submit(self, m: Mirai | Block, task: Task, retries: int, timeout: float | None, call: bool = False,
                wait: bool = True) -> bool:
-        """Sends a task (or a unit of them), and what it needs before it; MiraiConnectionReset where the dispatcher is
-        gone. False where there is no room for it, and it is not to wait for some."""
+        """Sends a task (for a block a unit of them, or an `everywhere` call), and what it needs before it;
+        MiraiConnectionReset where the dispatcher is gone. False where there is no room for it, and it is not to wait
+        for some."""
+        kind = Kind.EVERYWHERE if call else Kind.UNIT if isinstance(m, Block) else Kind.TASK
         if self.closed is not None:
             raise MiraiConnectionReset(self.closed)
         if not self._reserve(m, task, wait):
@@ -6131,7 +6143,7 @@ class Link:
             while self.outputs:
                 stream, data = self.outputs[0]
                 file = sys.stdout if stream == 1 else sys.stderr
-                with contextlib.suppress(OSError, ValueError, AttributeError):      # closed, or none
+                with contextlib.suppress(Exception):        # closed, none, or the user's own: results come all the same
                     file.write(data.decode(errors="backslashreplace"))
                     file.flush()
                 self.outputs.popleft()
@@ -6361,7 +6373,7 @@ class Link:
 # ======================================================================
 # 15. Profiles: daemons, status, the current profile
 # ======================================================================
-# Knows:  dispatchers to start, links, the host's environment.
+# Knows:  dispatchers to start, links, the host's environment; in sync mode, how a task is evaluated.
 # Never:  scheduling rules, frames.       Thread: any; `_setting` is held while a profile is set or reset.
 
 Info = collections.namedtuple("Info", "connections cumulative awaiting executing completed")
@@ -6488,32 +6500,33 @@ class _HereLink:
     def unresolved(self) -> int:
         return 0
 
-    def submit(self, m: Any, task: Task, retries: int, timeout: float | None, kind: int = Kind.TASK,
+    def submit(self, m: Any, task: Task, retries: int, timeout: float | None, call: bool = False,
                wait: bool = True) -> bool:
-        with self.lock, self._as_daemon(kind, task.needs), _ctrl_c() as pressed:
-            outcomes = self._evaluate(kind, b"".join(task.parts), pressed)
-        if kind == Kind.EVERYWHERE:
+        items = isinstance(m, Block) and not call
+        with self.lock, self._as_daemon(items, call, task.needs), _ctrl_c() as pressed:
+            outcomes = self._evaluate(items, call, b"".join(task.parts), pressed)
+        if call:
             m.resize(1)
         with self.lock:
-            if kind == Kind.TASK:
-                m.settle(outcomes[0])
-            else:
+            if isinstance(m, Block):
                 m.settle(0, outcomes)
+            else:
+                m.settle(outcomes[0])
             self.completed += len(outcomes)
         if pressed:
             raise KeyboardInterrupt
         return True
 
-    def _evaluate(self, kind: int, payload: bytes, pressed: list[int]) -> list[bytes]:
-        if kind != Kind.UNIT:
-            return [(evaluate_everywhere if kind == Kind.EVERYWHERE else evaluate)(payload)]
-        items = Items(payload)
-        items.begin()
+    def _evaluate(self, items: bool, call: bool, payload: bytes, pressed: list[int]) -> list[bytes]:
+        if not items:
+            return [(evaluate_everywhere if call else evaluate)(payload)]
+        unit = Items(payload)
+        unit.begin()
         stopped = dump_failure(KeyboardInterrupt())
-        return [stopped if pressed else items.evaluate(index) for index in range(items.n)]
+        return [stopped if pressed else unit.evaluate(index) for index in range(unit.n)]
 
     @contextlib.contextmanager
-    def _as_daemon(self, kind: int, needs: dict[bytes, Any]) -> Iterator[None]:
+    def _as_daemon(self, items: bool, call: bool, needs: dict[bytes, Any]) -> Iterator[None]:
         """The host's own state is afterwards as it was. One task may call for another."""
         before, surroundings = dict(_here), Surroundings()
         if not self.needs:
@@ -6522,7 +6535,7 @@ class _HereLink:
         self.needs.append(needs)
         for hash, blob in needs.items():
             receive_definition(hash, blob if isinstance(blob, bytes) else b"".join(blob))
-        _here.update(evaluating=True, map=kind == Kind.UNIT)
+        _here.update(evaluating=True, map=items)
         try:
             with generators_restored():
                 self.stream = advance_stream(self.stream)
@@ -6534,7 +6547,7 @@ class _HereLink:
             for hash in needs:
                 if not any(hash in others for others in self.needs):
                     receive_definition(hash, None)
-            if kind == Kind.EVERYWHERE:
+            if call:
                 self.base = surroundings.namespaces = copy_namespaces()
             surroundings.restore()
 
@@ -7010,7 +7023,7 @@ def _submit(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: floa
     m = Mirai(_take_ids(1), profile.link)
     if profile.seeded:
         task = seeded(task, profile.next_stream())
-    return m if profile.link.submit(m, task, retries, timeout, Kind.TASK, wait) else None
+    return m if profile.link.submit(m, task, retries, timeout, wait=wait) else None
 
 
 def _check_task(f: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: Any, retries: Any) -> None:
@@ -7089,8 +7102,9 @@ def everywhere(f: Callable[..., Any] | str, /, *args: Any, _min: int = 1, _compu
     task = dump_task(f, args, kwargs, profile.changed_path(), profile.hooks)
     block = Block(_take_ids(SLOTS), 0, link)
     link.hold(task.needs)
-    link.submit(block, task, _min, None, Kind.EVERYWHERE)
-    link.wait_for(lambda: len(block) > 0, time.monotonic() + START_TIME)
+    link.submit(block, task, _min, None, call=True)
+    if not link.wait_for(lambda: len(block) > 0, time.monotonic() + START_TIME):
+        raise MiraiConnectionReset(link.closed or f"the dispatcher did not answer within {START_TIME:.0f} s")
     return MiraiMap(_Answers(link, block))
 
 
@@ -7213,7 +7227,7 @@ class _MapFeed:
             block = Block(_take_ids(n), n, self.link, *self.promise)
             if block.promised:
                 self.link.watched(True)
-            self.link.submit(block, task, self.retries, self.timeout, Kind.UNIT)
+            self.link.submit(block, task, self.retries, self.timeout)
             self.blocks.append(block)
             self.active.append(block)
             self.total += n
@@ -7341,12 +7355,15 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
 
     def _kept(self) -> list[tuple[Block, int]]:
         """All items but those of a generator that were handed out."""
-        skip = self._feed.taken - self._feed.gone if self._feed.lazy else 0
-        return [(block, i) for block in self._feed.blocks for i in range(len(block))][skip:]
+        return [(block, i) for block in self._feed.blocks for i in range(len(block))][self._skipped():]
 
     def _looked(self) -> list[tuple[Any, bool]]:
-        skip = self._feed.taken - self._feed.gone if self._feed.lazy else 0
-        return list(itertools.chain.from_iterable(block.look_all() for block in self._feed.blocks))[skip:]
+        """The values of these, which have resolved."""
+        return list(itertools.chain.from_iterable(block.look_all() for block in self._feed.blocks))[self._skipped():]
+
+    def _skipped(self) -> int:
+        """Items of the first block that were handed out."""
+        return self._feed.taken - self._feed.gone if self._feed.lazy else 0
 
     def _shape(self, values: list[Any]) -> Any:
         return dict(zip(self.names or (), values)) if self._feed.keyed else values
@@ -7437,6 +7454,16 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
             self._raise_failure()
         finally:
             feed.link.remove_loop(loop)
+
+    def _race(self) -> int | None:
+        kept = self._kept()
+
+        def first() -> int | None:
+            return next((i for i, (block, at) in enumerate(kept) if block.outcomes[at] is not None), None)
+
+        if kept:
+            self._feed.link.wait_for(lambda: first() is not None, None)
+        return first()
 
     def _stop(self) -> list[bool]:
         self._feed.end()
@@ -7569,7 +7596,10 @@ def _wait_all(mirais: Sequence[Mirai], progress: bool | None) -> None:
 
 
 def race_mirai(xs: Any) -> int | None:
-    """Waits until one of several has resolved: the index of the first in the list that has; None for an empty list."""
+    """Waits until one of several has resolved: the index of the first in the list that has; None for an empty list. Of
+    a map over a generator, among the items that have been taken of it and not handed out."""
+    if isinstance(xs, MiraiMap):
+        return xs._race()
     mirais = _each(xs)
     if not mirais:
         return None

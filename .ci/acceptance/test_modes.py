@@ -37,7 +37,7 @@ import mirai
 import test_mirai
 from mirai import (MiraiCancelled, MiraiConnectionReset, MiraiError, MiraiInterrupt, MiraiTimeout, daemons, info,
                    launch_local, mirai_map, status, stop_mirai, unresolved)
-from test_mirai import (LONG, ByHand, Case, Gate, Host, _at_once, _end_process, _enter_gate, _pids, _raise,
+from test_mirai import (LONG, MODES, SOON, outcome, outcomes, r_streams, ByHand, Case, Gate, Host, _at_once, _end_process, _enter_gate, _pids, _raise,
                         changed_environ, connections, family_of, is_alive, joined, looping, nursery_pid, run_python,
                         sleeping, calling, wait_until)
 
@@ -46,24 +46,8 @@ for _it in (_enter_gate, _end_process, _raise, looping, sleeping, calling):     
 
 # >8 ---------------------------------------------------------------------------------------------------------
 
-SOON = 20.0         # seconds; what takes longer hangs, and fails
-MODES = ({"dispatcher": True}, {"dispatcher": False})
 HAS_NUMPY = importlib.util.find_spec("numpy") is not None
 KEY = "5a" * 32
-
-
-def outcome(m):
-    """The value or error value of a mirai, which is to be there soon."""
-    done, _ = concurrent.futures.wait([m], SOON)
-    if not done:
-        raise AssertionError(f"{m!r} did not resolve in {SOON} s")
-    return m.data
-
-
-def outcomes(ms):
-    """The same of a map, or a list of mirais."""
-    wait_until(lambda: not unresolved(ms), SOON, "the end of all tasks")
-    return ms[:] if mirai.is_mirai_map(ms) else [m.data for m in ms]
 
 
 def written(source, name="__main__"):
@@ -163,189 +147,6 @@ class Noted:
 
 # What R 4.2 prints of `.Random.seed[2:7]` for seven seeds: after RNGkind("L'Ecuyer-CMRG"); set.seed(seed), then after
 # nextRNGStream() once to four times, then after nextRNGSubStream().
-R_STREAMS = """
-seed 0
-    -835792825 1280795612 -169270483 -442010614 -603558397 -222347416
-    -994253523 -2025289096 -1999543919 745267815 1237002977 287006634
-    992173198 -1991630577 -1823393640 1162964974 -556911557 -830094812
-    1977995887 1117280151 -953831626 -475740103 1484380418 1284401962
-    -175571783 -1062219173 1112355733 163098794 247024303 -1258508778
-    -1353495786 1624336640 627421325 1708384105 -45711463 1969995427
-seed 1
-    1280795612 -169270483 -442010614 -603558397 -222347416 1489374793
-    4246464 -231956060 -471632796 1620595781 533443421 594164961
-    317200966 -183608609 -331475888 -286302502 -854727955 -608024097
-    329312609 1836843925 -1481558119 -156903236 -989007769 556931653
-    867834292 352478644 -1119136754 1704148475 1755264716 1803175825
-    1758599292 395847541 373354099 -1616541142 1293554115 -1180290192
-seed 42
-    -2133391687 507561766 1260545903 1362917092 -1772566379 -1344458670
-    -94575036 -24861725 357812871 346211554 -1301022835 440649733
-    -358246211 -1411857254 -488221791 1069515918 -1720689715 1070199760
-    1805183335 -1982978684 1500882842 -1897959390 -204266259 -2006625641
-    -860779432 1203324979 -1993452634 -1372834584 704149361 1348506385
-    -1871565002 1968597656 -505666782 1055078269 658163990 1090264187
-seed 123
-    1806547166 -983674937 643431772 1162448557 -959247990 -133913213
-    1801422725 -2057975723 1156894209 1595475487 210384600 -1655729657
-    -1618675118 902610736 -520029923 -1096480050 1501459956 -283668411
-    1788230969 -1347111405 2142194448 1111390192 -462721366 1540954117
-    -1508851964 965321203 -1085942248 489720281 -152362437 -1454180809
-    701401935 -355687987 1513178397 1735140456 -1584327974 -452417912
-seed 2024
-    1056809551 -190317500 1855485557 -997208910 -2126646133 -1735204272
-    550512540 -1086738260 -156673210 588268615 -379965450 1105225819
-    -1158897757 578039374 -122988588 -1034373648 -1528821448 -1836220567
-    1988921798 130330115 -1512657341 980099996 1371499847 1265983638
-    961413722 357830394 349717673 835302534 567528262 -1314401539
-    -2017351296 -1938889364 141785349 -1811111809 -1242362179 701666636
-seed -7
-    1527957300 -1453643611 1739910434 688823867 1022932032 680499009
-    1808819806 -1014215410 601534232 852513277 782743327 -1909612273
-    1011837074 -1194588600 842535397 434937283 593085301 1572731847
-    -691784098 -690717756 -366117519 1786946991 1589016382 -1864559657
-    1259296206 -490387319 -122063486 1132458309 456166313 651383053
-    -77413399 1063761410 22031304 -1215815912 56237751 -1416455902
-seed 2147483647
-    -804897614 583378059 -2044014000 1867020817 1162714270 213414023
-    1986407099 -258657415 -606689535 -410049274 -2023945838 -143260021
-    -84584388 -416237758 -99238161 622503157 -676702030 542962503
-    370229616 -1872734906 1544290565 -1781846740 -862592290 518485615
-    -425361631 140074415 -1195414015 630183026 489805487 -762896955
-    239905537 -204419120 -2001924062 -801251566 -619286284 1979152354
-"""
-
-
-def r_streams():
-    """seed -> the state, the next four streams, the next substream; each as `.Random.seed`."""
-    found = {}
-    for line in R_STREAMS.split("\n"):
-        words = line.split()
-        if words[:1] == ["seed"]:
-            rows = found[int(words[1])] = []
-        elif words:
-            rows.append([10407, *map(int, words)])
-    return found
-
-
-def later_stream(rs, power=127):
-    """The state 2**power steps on, by the definition of the generator."""
-    def product(a, b, modulus):
-        return [[sum(x * y for x, y in zip(row, column)) % modulus for column in zip(*b)] for row in a]
-
-    state = []
-    for at, modulus, matrix in ((1, 4294967087, [[0, 1, 0], [0, 0, 1], [-810728, 1403580, 0]]),
-                                (4, 4294944443, [[0, 1, 0], [0, 0, 1], [-1370589, 0, 527612]])):
-        for _ in range(power):
-            matrix = product(matrix, matrix, modulus)
-        state += [value for [value] in product(matrix, [[x & 0xffffffff] for x in rs[at:at + 3]], modulus)]
-    return [10407, *((value ^ (1 << 31)) - (1 << 31) for value in state)]
-
-
-class TestStreams(Case):
-    def test_the_table_is_what_the_definition_gives(self):
-        self.assertEqual(len(r_streams()), 7)
-        for state, *following, substream in r_streams().values():
-            for stream in following:
-                state, previous = stream, state
-                self.assertEqual(later_stream(previous), state)
-            self.assertEqual(len(following), 4)
-        state, substream = r_streams()[42][0], r_streams()[42][-1]
-        self.assertEqual(later_stream(state, 76), substream)
-
-    def test_nextstream_gives_rs_own_integers(self):
-        for seed, (*streams, _) in r_streams().items():
-            with self.subTest(seed=seed), daemons(sync=True, seed=seed):
-                self.assertEqual([mirai.nextstream() for _ in streams], streams)
-
-    def test_it_gives_them_with_a_dispatcher_and_without(self):
-        for mode in MODES:
-            with self.subTest(**mode), daemons(1, seed=-7, **mode):
-                found = [mirai.nextstream() for _ in range(5)]
-                self.assertEqual(found, r_streams()[-7][:5])
-                self.assertEqual({type(value) for stream in found for value in stream}, {int})
-
-    def test_the_functions_below_give_them_too(self):
-        for seed, (state, *following, substream) in r_streams().items():
-            stream = mirai.seed_stream(seed)
-            self.assertEqual(mirai.stream_to_r(stream), state)
-            self.assertEqual(mirai.stream_from_r(state), stream)
-            self.assertEqual([mirai.stream_to_r(mirai.advance_stream(stream, i)) for i in range(1, 5)], following)
-            self.assertEqual(mirai.stream_to_r(mirai.advance_stream(stream, 1, mirai.SUBSTREAM)), substream)
-
-    def test_setting_anew_begins_anew_and_each_profile_has_its_own(self):
-        first, second = r_streams()[1][:2]
-        for _ in range(2):
-            with daemons(sync=True, seed=1, compute="a"), daemons(sync=True, seed=42, compute="b"):
-                self.assertEqual(mirai.nextstream("a"), first)
-                self.assertEqual(mirai.nextstream("b"), r_streams()[42][0])
-                self.assertEqual(mirai.nextstream(compute="a"), second)
-                self.assertEqual(mirai.nextstream(), r_streams()[42][1])
-
-    def test_without_a_seed_they_are_streams_of_their_own(self):
-        firsts = []
-        for _ in range(2):
-            with daemons(sync=True):
-                one, two = mirai.nextstream(), mirai.nextstream()
-                self.assertEqual((len(one), one[0]), (7, 10407))
-                self.assertEqual(two, later_stream(one))
-                firsts.append(one)
-        self.assertNotEqual(*firsts)
-
-    def test_each_mirai_and_each_item_takes_one_and_everywhere_none(self):
-        for mode in (*MODES, {"sync": True}):
-            with self.subTest(**mode), daemons(1, seed=123, **mode):
-                expected = [r_streams()[123][0]]
-                for _ in range(12):
-                    expected.append(later_stream(expected[-1]))
-                self.assertEqual(mirai.nextstream(), expected[0])
-                outcome(mirai.mirai(abs, -1))
-                self.assertEqual(mirai.nextstream(), expected[2])
-                outcomes(mirai_map([1, 2, 3], abs))
-                self.assertEqual(mirai.nextstream(), expected[6])
-                outcomes(mirai.everywhere("import math"))
-                self.assertEqual(mirai.nextstream(), expected[7])
-                outcome(mirai.try_mirai(abs, -1))
-                outcomes(mirai_map((i for i in range(2)), abs))
-                self.assertEqual(mirai.nextstream(), expected[11])
-
-    def test_where_no_daemons_are_set_there_is_none(self):
-        self.assertIsNone(mirai.nextstream())
-        self.assertIsNone(mirai.nextstream("never set"))
-        for name in ("n", "url", "dispatcher", "tls"):
-            self.assertIsNone(mirai.nextget(name))
-
-    def test_threads_never_get_the_same_one(self):
-        with daemons(sync=True, seed=2024):
-            found = [stream for streams in _at_once(8, lambda i: [tuple(mirai.nextstream()) for _ in range(50)])
-                     for stream in streams]
-            self.assertEqual(len(set(found)), 400)
-            expected = {tuple(stream) for stream in r_streams()[2024][:5]}
-            self.assertLessEqual(expected, set(found))
-
-    def test_a_seed_that_is_no_integer_of_32_bits_is_refused(self):
-        for seed in ("1", 1.5, True, [1], 1 << 40):
-            with self.subTest(seed=seed), self.assertRaisesRegex((TypeError, ValueError), "seed"):
-                daemons(1, seed=seed)
-            self.assertFalse(mirai.daemons_set())
-
-    def test_nextget_looks_things_up(self):
-        for mode in MODES:
-            with self.subTest(**mode), daemons(2, url="tcp://127.0.0.1:0", compute="other", **mode):
-                self.assertEqual(mirai.nextget("n", compute="other"), 2)
-                self.assertEqual(mirai.nextget("n"), 2)
-                self.assertEqual(mirai.nextget("url"), status()["daemons"])
-                self.assertEqual(bool(mirai.nextget("dispatcher")), mode["dispatcher"])
-                self.assertIsNone(mirai.nextget("tls"))
-                self.assertIsNone(mirai.nextget("n", compute="default"))
-
-    def test_nextcode_says_why_a_daemon_ended(self):
-        self.assertEqual([mirai.nextcode(code) for code in range(4)],
-                         ["0 | Daemon connection terminated", "1 | Daemon idletime limit reached",
-                          "2 | Daemon walltime limit reached", "3 | Daemon task limit reached"])
-
-
-# -- everywhere
 
 
 MODEL = """
@@ -2294,7 +2095,7 @@ def main(arguments):
     names = [a for a in arguments if not a.startswith("-")]
     loader = unittest.TestLoader()
     loader.sortTestMethodsUsing = None
-    classes = [TestStreams, TestEverywhere, TestModes, TestOptions, TestSeeds]
+    classes = [TestEverywhere, TestModes, TestOptions, TestSeeds]
     suite = loader.loadTestsFromNames(names, sys.modules[__name__]) if names else unittest.TestSuite(
         map(loader.loadTestsFromTestCase, classes))
     result = unittest.TextTestRunner(verbosity=2 if verbose else 1, resultclass=test_mirai._Result).run(suite)
