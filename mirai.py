@@ -56,6 +56,7 @@ import _signal  # type: ignore[import-not-found]  # signal.getsignal() wraps it 
 import abc
 import atexit
 import builtins
+import codecs
 import collections
 import collections.abc
 import concurrent.futures
@@ -4401,6 +4402,8 @@ def _serve_at(url: str, key: bytes, about: Mapping[str, Any], options: DaemonOpt
             connection.close()
         if options.autoexit is not False or why or server.ended:
             return why
+        if _here["launched"]:
+            _leave_terminal()       # the inbox may not have seen the end that a broken send told of
         # The next host knows nothing of how it was started; there may be others in between, which refuse it.
         connection = _dial_patiently(url, key, {}, time.monotonic() + server.patience(), Refused)
     return server.why_now()
@@ -4918,6 +4921,9 @@ _NURSERY_COMMAND = (
     "spec.loader.exec_module(module); sys.exit(module.nursery_main(int(sys.argv[3])))")
 
 
+_utf8 = codecs.getincrementaldecoder("utf-8")
+
+
 class _Child:
     """A process that the nursery forked."""
 
@@ -4935,6 +4941,7 @@ class _Child:
         self.spared = False                                 # a daemon that may outlive its connection
         self.slot: Slot | None = None                       # of a daemon whose output is passed on
         self.out = -1                                       # the reading end of its stdout, likewise
+        self.text = {stream: _utf8(errors="backslashreplace") for stream in (1, 2)}     # a read may end in a character
 
 
 class Nursery:
@@ -5190,8 +5197,9 @@ class Nursery:
         if data and stream == 2:
             child.tail = (child.tail + data)[-LAST_WORDS:]
         dispatcher = self.dispatchers.get(child.job)
-        if data and child.out >= 0 and dispatcher is not None and dispatcher.control is not None:
-            self._tell(dispatcher.control, encode(Kind.OUTPUT, 0, data, stream))
+        if data is not None and child.out >= 0 and dispatcher is not None and dispatcher.control is not None:
+            text = child.text[stream].decode(data, not data)
+            self._tell(dispatcher.control, encode(Kind.OUTPUT, 0, text.encode(), stream))
         if child.slot is not None and (dispatcher is None or dispatcher.control not in self.unsent):
             child.slot.passing_output(False)
         if data == b"":
@@ -6144,7 +6152,7 @@ class Link:
                 stream, data = self.outputs[0]
                 file = sys.stdout if stream == 1 else sys.stderr
                 with contextlib.suppress(Exception):        # closed, none, or the user's own: results come all the same
-                    file.write(data.decode(errors="backslashreplace"))
+                    file.write(data.decode())
                     file.flush()
                 self.outputs.popleft()
 
