@@ -1916,7 +1916,8 @@ def serial_config(cls: Any, sfunc: Any, ufunc: Any) -> SerialConfig:
 
 
 def register_serial(cls: Any, sfunc: Any, ufunc: Any) -> None:
-    """Registers what `serial_config()` describes for `dumps()`, and for all daemons that are set from now on."""
+    """Registers what `serial_config()` describes for `dumps()`, and for all daemons but those set with a `serial` of
+    their own."""
     _registered.update(_hooks_of(serial_config(cls, sfunc, ufunc)))
 
 
@@ -5744,13 +5745,13 @@ class Block:
         for waiter in self.waiters:
             waiter.add_result(None)
         if self.promised:
-            self.owner.call_back(self._tell)
+            self.owner.call_back(functools.partial(self._tell, lo, lo + len(outcomes)))
         return new
 
-    def _tell(self) -> None:
-        """Calls the promise for those that have resolved since the last time; in the one thread that runs callbacks."""
-        for index, outcome in enumerate(self.outcomes):
-            if outcome is None or self.told[index]:
+    def _tell(self, lo: int, hi: int) -> None:
+        """Calls the promise for those of these that it does not know of; in the one thread that runs callbacks."""
+        for index in range(lo, hi):
+            if self.told[index]:
                 continue
             self.told[index] = 1
             value, failed = self.look(index)
@@ -6397,13 +6398,22 @@ _THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", 
                   "VECLIB_MAXIMUM_THREADS")
 
 
-class _Streams:
-    """A profile's random streams: each of its mirais has the next, where there is a seed."""
+class _Settings:
+    """What every profile has: random streams, of which each of its mirais has the next, where there is a seed; and
+    hooks for types that pickle can't carry. `serial`: its own, else those that are registered."""
 
-    def __init__(self, seed: int | None) -> None:
+    def __init__(self, seed: int | None, serial: Any = None) -> None:
         self.seeded = seed is not None
         self._stream = random_stream() if seed is None else seed_stream(seed)
         self._lock = threading.Lock()
+        self._registered = None if serial is not None else dict(_registered)
+        self._hooks = make_hooks(serial)
+
+    @property
+    def hooks(self) -> Hooks | None:
+        if self._registered is not None and self._registered != _registered:
+            self._hooks, self._registered = make_hooks(None), dict(_registered)
+        return self._hooks
 
     def next_stream(self, n: int = 1) -> Stream | None:
         """The first of the next n; None without a seed."""
@@ -6416,13 +6426,13 @@ class _Streams:
             return stream
 
 
-class _Profile(_Streams):
+class _Profile(_Settings):
     """A set of daemons: their dispatcher, and the link to it."""
 
-    def __init__(self, name: str, url: str | None, key: bytes, hooks: Hooks | None, elastic: bool = False,
+    def __init__(self, name: str, url: str | None, key: bytes, serial: Any = None, elastic: bool = False,
                  direct: bool = False, seed: int | None = None, memory: int | None = None) -> None:
-        super().__init__(seed)
-        self.name, self.hooks, self.direct = name, hooks, direct
+        super().__init__(seed, serial)
+        self.name, self.direct = name, direct
         self.n = 0
         self.nursery = _get_nursery()
         self.dispatcher: Dispatcher | None = None
@@ -6440,7 +6450,6 @@ class _Profile(_Streams):
             raise
         self.path = import_path()       # what its daemons have: a task is sent the host's where that has changed
         self.spec: Mapping[str, Any] = {}
-        self.registered = dict(_registered)
         self.streams = random_stream()  # of its daemons
         self.given: tuple[Any, Any] = (None, None)      # url and key, where the user has chosen them
 
@@ -6460,9 +6469,7 @@ class _Profile(_Streams):
             raise LaunchError(link.launch_error or link.closed or late)
 
     def refresh(self) -> None:
-        """For processes still to come, today's environment and directory; and what has been registered since."""
-        if self.registered != _registered:
-            self.registered, self.hooks = dict(_registered), make_hooks(None)
+        """For processes still to come, today's environment and directory."""
         spec = _daemon_spec(1, {"maxtasks": 1}, self.streams)
         if spec != self.spec:
             self.link.launch(0 if self.spec else EPHEMERAL_PER_CPU * cpu_count(), spec)
@@ -6617,7 +6624,7 @@ def _ctrl_c() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class _SyncProfile(_Streams):
+class _SyncProfile(_Settings):
     """Where there are no daemons, and tasks are evaluated in this process."""
 
     url, n, direct = "sync", 0, True
@@ -6626,7 +6633,6 @@ class _SyncProfile(_Streams):
         super().__init__(seed)
         self.name = name
         self.link = _HereLink()
-        self.hooks = make_hooks(None)
 
     def changed_path(self) -> None:
         """It is the same process."""
@@ -6785,12 +6791,12 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, remote: Any 
         raise RuntimeError("daemons(n) in an item of a map would start n daemons for each; where that is meant use "
                            "daemons(url=local_url()); launch_local(n)")
     parsed = os.urandom(32) if key is None else parse_key(key)
-    hooks = make_hooks(serial)
+    make_hooks(serial)          # what is wrong with it is to be said before anything is reset
     if n == 0 or n is None:
         return _set(name, None, -1, n is None)
 
     def make() -> _Profile:
-        profile = _new_profile(count, daemon_options, name, url, parsed, hooks, False, not dispatcher, seed, memory)
+        profile = _new_profile(count, daemon_options, name, url, parsed, serial, False, not dispatcher, seed, memory)
         profile.given = url, key
         return profile
     return _set(name, make, count)
@@ -6861,7 +6867,7 @@ def _ephemeral_profile() -> _Profile:
         if _ephemeral and (_ephemeral[0].link.closed is not None or _ephemeral[0].link.launch_error is not None):
             _ephemeral.pop().close()
         if not _ephemeral:
-            _ephemeral.append(_Profile("ephemeral", None, os.urandom(32), make_hooks(None), elastic=True))
+            _ephemeral.append(_Profile("ephemeral", None, os.urandom(32), elastic=True))
         _ephemeral[0].refresh()
         return _ephemeral[0]
 
