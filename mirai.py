@@ -42,12 +42,13 @@ Contents (a section knows those above it, never one below):
     10. Dispatcher shell: sockets around the core
     11. Daemon: dial, evaluate, reply
     12. Nursery: the parent of dispatchers and local daemons
+    13. Launchers: what starts daemons on other machines
     Part III, what users call
-    13. Mirai: the future
-    14. Link: the host's end of the wire
-    15. Profiles: daemons, status, the current profile
-    16. mirai, map, collect: the verbs
-    17. Command line: daemon, demo
+    14. Mirai: the future
+    15. Link: the host's end of the wire
+    16. Profiles: daemons, status, the current profile
+    17. mirai, map, collect: the verbs
+    18. Command line: daemon, demo
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # signal.getsignal() wraps it in enums, at 2 µs a call
 import abc
 import atexit
+import binascii
 import builtins
 import codecs
 import collections
@@ -111,10 +113,10 @@ else:
 __version__ = "0.1.0"
 __all__ = [
     "ErrorValue", "LaunchError", "Mirai", "MiraiCancelled", "MiraiConnectionReset", "MiraiError", "MiraiInterrupt",
-    "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "collect_mirai", "daemon", "daemons", "daemons_set",
-    "dumps", "everywhere", "info", "is_error_value", "is_mirai", "is_mirai_error", "is_mirai_interrupt",
-    "is_mirai_map", "launch_local", "loads", "local_daemons", "local_url", "mirai", "mirai_map", "nextcode",
-    "nextget", "nextstream", "on_daemon", "race_mirai", "register_serial", "require_daemons", "serial_config",
+    "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "cluster_config", "collect_mirai", "daemon", "daemons", "daemons_set",
+    "dumps", "everywhere", "host_url", "http_config", "info", "is_error_value", "is_mirai", "is_mirai_error", "is_mirai_interrupt",
+    "is_mirai_map", "launch_local", "launch_remote", "loads", "local_daemons", "local_url", "mirai", "mirai_map", "nextcode",
+    "nextget", "nextstream", "on_daemon", "race_mirai", "register_serial", "remote_config", "require_daemons", "serial_config", "ssh_config",
     "status", "stop_mirai", "try_mirai", "unresolved", "with_daemons",
 ]
 
@@ -129,7 +131,8 @@ WIRE_VERSION = 1
 READ_SIZE = 65536           # recv() of more than this costs three times as much on small frames: malloc maps it
 READ_LARGE = 1 << 20        # what a large frame is read in: fewer system calls, once the rest is known to come
 STRANGER_LIMIT = 4096       # bytes in a frame before the peer has proven itself: a hello needs a few hundred
-STRANGERS = 128             # unproven connections at once; one more and the oldest goes: they cost a descriptor each
+NOTICES = 20                # lines in a second for the host's log; what more there are is counted
+STRANGERS = 256             # unproven connections at once; for one more the oldest goes: they cost a descriptor each
 HANDSHAKE_TIME = 10.0       # a loaded machine needs a second or two; more only helps those who hold connections open
 DIAL_TIME = 10.0
 INTERRUPT_AGAIN = 0.05      # a signal that comes between two instructions right before a system call does not end it
@@ -149,6 +152,10 @@ CACHED_CODES = 4096         # code objects whose bytes are remembered, on either
 HASH_SIZE = 16              # bytes of SHA-256 by which a definition is known: no two will ever meet
 LARGE = 1 << 16             # bytes; from here on what a function reads is sent ahead, once, and not with each task
 KEPT_DEFINITIONS = 64 << 20     # bytes of them that no task needs now: the next may, and else they are sent again
+LINK_TIME = 30.0            # seconds without an answer of its kernel after which a peer on another machine is gone
+LISTEN_BACKLOG = 1024       # connections that the kernel holds while a dispatcher is busy
+STRANGER_TIME = 1.0         # seconds that an unproven connection has for itself before it may have to make room
+PENDING_TIME = 60.0         # seconds that tasks wait for a first daemon before the host hears of it
 EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_NOPERM = 64, 69, 70, 77      # of sysexits.h
 CO_COROUTINE = 0x80         # in a code object's flags; `inspect` has it, but is slow to import
 SLOT_SIZE = 8192            # bytes of the shared page per local daemon: more only matters to outcomes that are larger
@@ -463,6 +470,9 @@ class Kind:
     SIGNAL = 33             # dispatcher -> nursery: {slot, pid, signal}
     ENDED = 34              # nursery -> dispatcher, host: {slot, pid, status, words}
     OUTPUT = 35             # nursery -> dispatcher -> host: what tasks wrote; flags: 1, 2, the descriptor; no JSON
+    COMMAND = 36            # host -> dispatcher -> nursery: one that launches n daemons; back: how it ended; id: its own
+    LAUNCHED = 37           # dispatcher -> host: what has become of that {joined, status, words}
+    NOTICE = 38             # dispatcher -> host: payload JSON {text}: for the log
 
 
 HEADER = struct.Struct("<QBBHQ")    # payload length, wire version, kind, flags, id
@@ -602,6 +612,12 @@ class Decoder:
             return None
         self._state = (self._state[0], found[1], self._state[2], 0)
         return found[0]
+
+    def take_rest(self) -> bytes:
+        """All that was fed and not taken, which then is no part of it."""
+        buffer, at, chunks, _ = self._state
+        self._state = (b"", 0, [], 0)
+        return b"".join([buffer[at:], *chunks])
 
     def _peek(self) -> tuple[Message, int] | None:
         """The next message, and where it ends in the buffer."""
@@ -2012,6 +2028,7 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
 # Knows:  callables, source text, exceptions; how the items of a map stand in a unit.
 # Never:  sockets, who asked.
 
+HOSTS_PATH = [True]             # whether tasks come from this machine, so that their host's import path is good here
 _sources: dict[str, tuple[types.CodeType, types.CodeType | None]] = {}
 VALUE, FAILURE = b"+", b"-"     # how an outcome begins: whoever only waits knows which it is without opening it
 # A task begins with how it is made: TOGETHER, its two pickles share objects, or APART, each stands alone, and the
@@ -2253,7 +2270,7 @@ def _load_call(payload: bytes) -> tuple[Any, Any, Any, Mapping[type, Any] | None
         GENERATORS.seed(SEED_HEAD.unpack_from(payload)[1:])
         payload = payload[SEED_HEAD.size:]
     f, args, kwargs, path, hash = _load_task(payload)
-    if path is not None:
+    if path is not None and HOSTS_PATH[0]:
         sys.path[:] = path
     return f, args, kwargs, received_hooks(hash)
 
@@ -2312,7 +2329,7 @@ class Items:
             self.f, path, hash, self.shape = _loaded_alone(_load_function, self.constant[0])
             self.args, self.kwargs = _load_arguments(self.constant[1])
             self.hooks = received_hooks(hash)
-            if path is not None:
+            if path is not None and HOSTS_PATH[0]:
                 sys.path[:] = path
         except BaseException as error:
             self.failure = dump_failure(error)
@@ -2646,6 +2663,7 @@ class DispatcherCore:
         self.launching = 0
         self.failures = 0
         self.stopped = False                        # launching was given up
+        self.expected = 0                           # daemons that were launched elsewhere, and have not joined
         self.cumulative = 0
         self.completed = 0
 
@@ -2873,9 +2891,11 @@ class DispatcherCore:
 
     # -- daemons
 
-    def joined(self, daemon: int, slot: int | None = None) -> list[Any]:
-        """A daemon is there and ready; `slot`: the launch it came from, None where it was started elsewhere."""
+    def joined(self, daemon: int, slot: int | None = None, expected: bool = False) -> list[Any]:
+        """A daemon is there and ready; `slot`: the launch it came from, None where it was started elsewhere, `expected`
+        or by hand."""
         record = self.daemons[daemon] = _DaemonRecord(slot)
+        self.expected -= expected
         record.due = len(self.calls)
         self.cumulative += not record.due
         if slot is not None:
@@ -2949,6 +2969,21 @@ class DispatcherCore:
             effects += self._rest(slot) if self.elastic else self._launch(slot)
         return effects + self._next()
 
+    def expect(self, n: int) -> list[Any]:
+        """So many daemons are being launched elsewhere."""
+        self.stopped, self.failures = False, 0
+        self.expected += n
+        return []
+
+    def not_coming(self, n: int) -> list[Any]:
+        """So many of these will not join: their launcher has ended without."""
+        self.expected -= n
+        if self.expected or self.daemons or self.slots and not self.stopped:
+            return []
+        effects: list[Any] = [] if self.stopped else [StopLaunching()]
+        self.stopped = True
+        return effects + self._next()
+
     def launch_failed(self, slot: int) -> list[Any]:
         """A launched daemon ended before it was of use."""
         self.failures += 1
@@ -3003,7 +3038,7 @@ class DispatcherCore:
             effects += self._steal()
         if self.queued <= 0:
             return effects
-        if self.stopped and not self.launching:
+        if self.stopped and not self.launching and not self.expected:
             effects += self._fail_awaiting()
         while not self.stopped and self.resting and self.queued > self.launching:
             effects += self._launch(self.resting.popleft())
@@ -3164,14 +3199,12 @@ def _first_of(queue: deque[_Piece]) -> _Piece | None:
 # Rule:   nothing is passed on from a peer that has not proven that it holds the key.
 
 _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
-LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
-
 Address = collections.namedtuple("Address", "scheme host port")     # ipc: host is the path, port None
 
 
 def parse_url(url: str) -> Address:
-    """`ipc:///path`, `tcp://host:port`, `tcp://[v6]:port`; ValueError says what is wrong and what would be right."""
-    right = "expected 'tcp://127.0.0.1:5555' (port 0: a free one), 'tcp://[::1]:5555' or 'ipc:///path'"
+    """`ipc:///path`, `tcp://host:port`, `tls+tcp://[v6]:port`; ValueError says what is wrong, and what would be right."""
+    right = "expected 'tcp://host:5555' (port 0: a free one), 'tls+tcp://[::1]:5555' or 'ipc:///path'"
     if not isinstance(url, str):
         raise TypeError(f"a URL is a str, not {type(url).__name__}: {right}")
     scheme, separator, rest = url.partition("://")
@@ -3181,17 +3214,14 @@ def parse_url(url: str) -> Address:
         if not os.path.isabs(rest):
             raise ValueError(f"{url!r} holds no absolute path: {right}")
         return Address(scheme, rest, None)
-    if scheme != "tcp":
+    if scheme not in ("tcp", "tls+tcp"):
         raise ValueError(f"{url!r} has the unknown scheme {scheme!r}: {right}")
     host, separator, port = rest.rpartition(":")
     if not separator or not (port.isascii() and port.isdigit()) or int(port) > 65535 or not host.strip("[]"):
         raise ValueError(f"{url!r} lacks a host or a port: {right}")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(f"{url!r}: an IPv6 address goes in brackets: {right}")
-    host = host.strip("[]")
-    if host not in LOCAL_HOSTS:
-        raise ValueError(f"{url!r} reaches beyond this machine, which this version does not do: {right}")
-    return Address(scheme, host, int(port))
+    return Address(scheme, host.strip("[]"), int(port))
 
 
 def format_url(address: Address) -> str:
@@ -3199,6 +3229,86 @@ def format_url(address: Address) -> str:
         return f"ipc://{address.host}"
     host = f"[{address.host}]" if ":" in address.host else address.host
     return f"{address.scheme}://{host}:{address.port}"
+
+
+def is_local(address: Address) -> bool:
+    """Whether nobody beyond this machine can get there."""
+    return address.scheme == "ipc" or _is_loopback(address.host)
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("::1", "localhost") or str(host).startswith(("127.", "::ffff:127."))
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether it stands for all of this machine's addresses."""
+    return host in ("*", "0.0.0.0", "::") or host.lower() == socket.gethostname().lower()
+
+
+class HostURL(str):
+    """A URL on this machine; `interfaces` has one for each of its network interfaces, by name."""
+
+    interfaces: dict[str, str]
+
+
+def host_url(tls: bool = False, port: int = 0) -> HostURL:
+    """A URL at which daemons on other machines reach this one: `tcp://`, or with `tls` `tls+tcp://`, by its host name;
+    on `port`, 0 for a free one. Who listens there does so on all of its addresses, and what `launch_remote()` starts
+    tries each of them. `.interfaces` has a URL for every network interface by name, to listen on one alone.
+    """
+    scheme = "tls+tcp" if tls else "tcp"
+    url = HostURL(format_url(Address(scheme, socket.gethostname(), port)))
+    url.interfaces = {name: format_url(Address(scheme, host, port)) for name, host in _interfaces().items()}
+    return url
+
+
+def _interfaces() -> dict[str, str]:
+    """The addresses of this machine that others may reach, by interface; the one that the default route takes first."""
+    found: dict[str, str] = {}
+    for family, anywhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((anywhere, 9))        # sends nothing
+            found[""] = found.get("") or probe.getsockname()[0]
+    addresses = _interface_addresses()
+    names = {address: name for name, address in reversed(addresses)}
+    first = found.get("")
+    known = {names.get(first, "default"): first} if first and not _is_loopback(first) else {}
+    for name, address in addresses:
+        if address not in known.values():
+            known.setdefault(name if name not in known else f"{name} {address}", address)
+    return known
+
+
+def _interface_addresses() -> list[tuple[str, str]]:
+    """Of Linux's; elsewhere the host name has to do."""
+    found: list[tuple[str, str]] = []
+    with contextlib.suppress(OSError, ImportError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        import fcntl
+        for _, name in socket.if_nameindex() if sys.platform == "linux" else ():
+            with contextlib.suppress(OSError):      # it has none
+                entry = fcntl.ioctl(sock.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))     # SIOCGIFADDR
+                found.append((name, socket.inet_ntoa(entry[20:24])))
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6") as file:
+        for digits, _, _, scope, _, name in map(str.split, file):
+            if scope == "00":                       # global
+                found.append((name, socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))))
+    if not found:
+        with contextlib.suppress(OSError):
+            found = [("host", str(info[4][0])) for info in socket.getaddrinfo(socket.gethostname(), None)]
+    return [(name, address) for name, address in found if not _is_loopback(address)]
+
+
+def nearby(address: Address) -> str:
+    """The URL by which this machine itself gets there."""
+    return format_url(address._replace(host="127.0.0.1") if _is_this_machine(address.host) else address)
+
+
+def reach(address: Address) -> list[str]:
+    """The URLs by which another machine may get to who listens there, one of which will work."""
+    if is_local(address) or not _is_this_machine(address.host):
+        return [format_url(address)]
+    own = [] if address.host in ("*", "0.0.0.0", "::") else [address.host]
+    return [format_url(address._replace(host=host)) for host in (*own, *_interfaces().values())]
 
 
 def runtime_dir() -> str:
@@ -3259,7 +3369,7 @@ def _passing_over() -> contextlib.suppress:
     return contextlib.suppress(OSError, ValueError, KeyError, TypeError)
 
 
-def find_key(url: str) -> bytes:
+def find_key(*urls: str) -> bytes:
     """The key for a URL: MIRAI_KEY, or the key file of this user's own profile there; Refused where there is none."""
     if "MIRAI_KEY" in os.environ:
         return parse_key(os.environ["MIRAI_KEY"])
@@ -3269,10 +3379,10 @@ def find_key(url: str) -> bytes:
         for path in sorted(paths, key=_age):        # the newest: some may be left from a profile that was killed
             with _passing_over(), open(path) as file:
                 entry = json.load(file)
-                if entry["url"] == url:
+                if entry["url"] in urls:
                     return parse_key(entry["key"])
-    raise Refused(f"no key for {url}: no profile of this user listens there, or its host is gone; give the key in "
-                  "MIRAI_KEY or with --key-file")
+    raise Refused(f"no key for {' '.join(urls)}: no profile of this user listens there on this machine, or its host is "
+                  "gone; give the key in MIRAI_KEY or with --key-file, as the line that launch_remote() returns does")
 
 
 def sweep_runtime_dir() -> None:
@@ -3310,10 +3420,26 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
             raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror or error}") from None
         return sock, address
     try:
-        sock = socket.create_server((address.host, address.port), family=_family(address), backlog=1024)
+        sock = _bind_tcp(address)
     except OSError as error:
         raise OSError(error.errno, f"can't listen at {format_url(address)}: {error.strerror}") from None
     return sock, address._replace(port=sock.getsockname()[1])
+
+
+def _bind_tcp(address: Address) -> socket.socket:
+    if not _is_this_machine(address.host):
+        family, where = _resolve(address)[0]
+        return socket.create_server(where[:2], family=family, backlog=LISTEN_BACKLOG)
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):          # compiled in, but turned off
+            return socket.create_server(("", address.port), family=socket.AF_INET6, backlog=LISTEN_BACKLOG,
+                                        dualstack_ipv6=True)
+    return socket.create_server(("", address.port), backlog=LISTEN_BACKLOG)
+
+
+def _resolve(address: Address) -> list[tuple[int, Any]]:
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys((int(family), where) for family, _, _, _, where in found))
 
 
 def _bind_unix(sock: socket.socket, path: str) -> None:
@@ -3326,12 +3452,27 @@ def _bind_unix(sock: socket.socket, path: str) -> None:
         runtime_dir()
         sock.bind(path + "~")
     os.chmod(path + "~", 0o600)
-    sock.listen(1024)
+    sock.listen(LISTEN_BACKLOG)
     os.rename(path + "~", path)
 
 
-def _family(address: Address) -> int:
-    return socket.AF_INET6 if ":" in address.host else socket.AF_INET
+def keep_alive(sock: socket.socket) -> None:
+    """A peer whose machine or network is gone is noticed within LINK_TIME: the kernel asks it now and then."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", LINK_TIME // 3), ("TCP_KEEPINTVL", LINK_TIME // 6), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), int(value))
+
+
+def is_cut(sock: socket.socket) -> bool:
+    """Whether what was sent has gone without any answer for LINK_TIME: then the kernel asks nothing, but sends it again
+    for a quarter of an hour. A peer that is stopped, and takes no more, still answers: TCP_USER_TIMEOUT would end it."""
+    if not hasattr(socket, "TCP_INFO"):
+        return False
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    _, _, retransmits, probes = struct.unpack_from("4B", info)
+    last_ack: int = struct.unpack_from("I", info, 56)[0]        # milliseconds ago
+    return last_ack > 1000 * LINK_TIME and (retransmits > 0 or probes > 1)
 
 
 class Poller:
@@ -3372,7 +3513,10 @@ class Connection:
         self._send = sock.send
         self._recv: Callable[[int], bytes] = sock.recv
         self.decoder = decoder or Decoder()
+        self.channel: SealedChannel | TLSChannel | None = None      # between the socket and the frames
         self.ended = False                          # the peer will send no more
+        self.fault = ""                             # why, where it has not just closed it
+        self.terms: Mapping[str, Any] = {}          # what the listener has said of itself
         self._batch: list[bytes] = []
         self._outgoing: deque[list[Any]] = deque()  # [bytes, sent, sent, …]
         if sock.family != getattr(socket, "AF_UNIX", None):
@@ -3381,12 +3525,21 @@ class Connection:
     def fileno(self) -> int:
         return self.sock.fileno()
 
+    def seal(self, channel: SealedChannel) -> None:
+        """From here on, after what was sent and read so far; of the listener more may have been read."""
+        rest = self.decoder.take_rest()
+        self.channel = channel
+        if rest:
+            self.decoder.chunks.extend(channel.unwrap(rest))
+
     def receive_by(self, recv: Callable[[int], bytes]) -> None:
         """For a way of one's own to read from the socket."""
         self._recv = recv
 
     def receive(self) -> bool:
         """Reads once. False where nothing was there; sets `ended` at the end."""
+        if self.channel is not None:
+            return self._receive_by(self.channel)
         chunks = self.decoder.chunks
         try:
             chunks.extend(map(self._recv, (self.decoder.wanted(),)))
@@ -3399,14 +3552,40 @@ class Connection:
             self.ended = True
         return not self.ended
 
+    def _receive_by(self, channel: SealedChannel | TLSChannel) -> bool:
+        """The same through a channel, where no signal handler raises; what is not as it was sent ends it."""
+        try:
+            data = self._recv(self.decoder.wanted())
+            if data:
+                self.decoder.chunks.extend(channel.unwrap(data))
+            if channel.answer:
+                self._outgoing.append([channel.take_answer()])
+                self.flush()
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            data = b""
+        except ProtocolError as error:
+            data, self.fault = b"", str(error)
+            with contextlib.suppress(OSError):      # which says why to the other side
+                self.sock.send(channel.take_answer())
+        self.ended = self.ended or not data
+        return not self.ended
+
     def post(self, frame: bytes) -> None:
         """Adds a frame to what the next `flush()` sends as one."""
         self._batch.append(frame)
 
     def send(self, frame: bytes) -> bool:
         """Sends what can be sent now; the rest is kept for `flush()`. False where there is a rest."""
-        self._outgoing.append([frame])
+        self._enqueue(frame)
         return self.flush()
+
+    def _enqueue(self, data: bytes) -> None:
+        if self.channel is None:
+            self._outgoing.append([data])
+        else:
+            self._outgoing.extend([piece] for piece in self.channel.wrap(data))
 
     def leave(self, frame: bytes) -> None:
         """Adds a frame to what `flush()` sends, in any thread, whoever is sending."""
@@ -3415,7 +3594,7 @@ class Connection:
     def flush(self) -> bool:
         """False where the socket takes no more for now. OSError where the connection is broken."""
         if self._batch:
-            self._outgoing.append([b"".join(self._batch)])
+            self._enqueue(b"".join(self._batch))
             self._batch.clear()
         while self._outgoing:
             item = self._outgoing[0]
@@ -3441,23 +3620,244 @@ class Connection:
         self.sock.close()
 
 
-def _proof(key: bytes, side: str, hello: bytes, challenge: bytes) -> bytes:
-    """What only a holder of the key can say about this conversation; the sides differ, so none can be reflected."""
-    label = f"mirai {WIRE_VERSION} {side}\0{len(hello)}\0".encode()
-    return hmac.digest(key, b"".join([label, hello, challenge]), "sha256")
+# -- channels: what bytes on a connection go through, where others could read or change them
+
+class SealedChannel:
+    """Bytes in records, each with a MAC over its number, so that none can be changed, dropped, repeated or moved by
+    whoever is between. Not secret: that is what TLS is for. `mine`, `theirs`: keys, one for each direction."""
+
+    _HEAD = struct.Struct("<QI")        # number, length; the number is not sent
+    answer = False
+
+    def __init__(self, mine: bytes, theirs: bytes) -> None:
+        self._mine, self._theirs = hmac.new(mine, digestmod="sha256"), hmac.new(theirs, digestmod="sha256")
+        self._sent = self._received = 0
+        self._buffer = bytearray()
+
+    def take_answer(self) -> bytes:
+        """Nothing is asked for."""
+        return b""
+
+    def wrap(self, data: bytes) -> list[bytes]:
+        view, records = memoryview(data), []
+        for start in range(0, len(data), READ_LARGE):
+            piece = view[start:start + READ_LARGE]
+            head = self._HEAD.pack(self._sent, len(piece))
+            records.append(b"".join([head[8:], piece, self._mac(self._mine, head, piece)]))
+            self._sent += 1
+        return records
+
+    def unwrap(self, data: bytes) -> list[bytes]:
+        self._buffer += data
+        found, at = [], 0
+        while len(self._buffer) - at >= 4:
+            length = int.from_bytes(self._buffer[at:at + 4], "little")
+            if length > READ_LARGE:
+                raise ProtocolError("what came over the network is not what was sent: a record without end")
+            end = at + 4 + length
+            if end + 32 > len(self._buffer):
+                break
+            piece = bytes(self._buffer[at + 4:end])
+            mac = self._mac(self._theirs, self._HEAD.pack(self._received, length), piece)
+            if not hmac.compare_digest(mac, self._buffer[end:end + 32]):
+                raise ProtocolError("what came over the network is not what was sent: a wrong MAC")
+            self._received += 1
+            found.append(piece)
+            at = end + 32
+        del self._buffer[:at]
+        return found
+
+    @staticmethod
+    def _mac(keyed: hmac.HMAC, head: bytes, piece: bytes | memoryview) -> bytes:
+        mac = keyed.copy()
+        mac.update(head)
+        mac.update(piece)
+        return mac.digest()
 
 
-class DialerHandshake:
+class TLSChannel:
+    """TLS in memory: what is read from the socket goes in, what is to be sent comes out. Two threads may use it, one for
+    each direction; what TLS itself has to say after the handshake goes with what is sent next."""
+
+    def __init__(self, context: Any, host: str | None = None) -> None:
+        """`host`: who is dialed; None: this side listens."""
+        import ssl
+        self._ssl = ssl
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out, host is None, host)
+        self._lock = threading.Lock()
+        self.ready = False
+        self.answer = False
+        if host is not None:
+            self.unwrap(b"")
+
+    def take_answer(self) -> bytes:
+        """What is to be sent at once."""
+        self.answer = False
+        return self._out.read()
+
+    def certificate(self) -> bytes:
+        """The listener's, as it was sent."""
+        return self._tls.getpeercert(True) or b""
+
+    def wrap(self, data: bytes) -> list[bytes]:
+        view, pieces = memoryview(data), []
+        with self._lock:
+            for start in range(0, len(data), READ_LARGE):
+                self._tls.write(view[start:start + READ_LARGE])
+                pieces.append(self._out.read())
+        return pieces
+
+    def unwrap(self, data: bytes) -> list[bytes]:
+        found: list[bytes] = []
+        with self._lock:
+            try:
+                self._in.write(data)
+                if not self.ready:
+                    self._tls.do_handshake()
+                    self.ready = self.answer = True
+                while piece := self._tls.read(READ_SIZE):
+                    found.append(piece)
+            except self._ssl.SSLWantReadError:
+                self.answer = not self.ready or self.answer
+            except self._ssl.SSLError as error:
+                raise ProtocolError(self._why(error)) from None
+        return found
+
+    def _why(self, error: Any) -> str:
+        if getattr(error, "verify_message", ""):
+            return f"TLS: the listener's certificate is not accepted: {error.verify_message}"
+        words = (error.reason or str(error)).lower().replace("_", " ")
+        if words in ("wrong version number", "http request", "unknown protocol", "record layer failure"):
+            return "TLS: the other side does not speak it here (tls+tcp:// has to be on both sides)"
+        return f"TLS: {words}"
+
+
+def listener_context(cert: str, key: str, password: str | None) -> Any:
+    """For PEM texts; ValueError says what is wrong with them."""
+    ssl = _import_ssl()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:       # 0600; OpenSSL reads files alone
+        file.write(f"{cert.rstrip()}\n{key.rstrip()}\n")
+        file.flush()
+        try:
+            context.load_cert_chain(file.name, password=(lambda: password or ""))
+        except ssl.SSLError as error:
+            raise ValueError(f"tls: certificate and key don't load ({error.reason or error}); is the key encrypted, "
+                             "with another pass_?") from None
+    return context
+
+
+def dialer_context(cert: str | None) -> Any:
+    """`cert`: PEM text of whom to trust; None: any certificate, which the handshake's proof then says to be the right
+    one."""
+    ssl = _import_ssl()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if cert is None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+    try:
+        context.load_verify_locations(cadata=cert)
+    except ssl.SSLError as error:
+        raise ValueError(f"tlscert holds no certificate in PEM: {error.reason or error}") from None
+    return context
+
+
+def _import_ssl() -> Any:
+    try:
+        import ssl
+    except ImportError:
+        raise ValueError("this Python has no ssl module, without which there is no tls+tcp://; ssh_config(tunnel=True) "
+                         "needs none") from None
+    return ssl
+
+
+def read_pem(value: Any, what: str) -> str:
+    """Of a path, or the text itself."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what}={value!r}: expected a path, or PEM text")
+    if "-----BEGIN" in value:
+        return value
+    with open(value) as file:
+        return file.read()
+
+
+def certificate_hash(cert: str) -> bytes:
+    """Of the first certificate in PEM text."""
+    begin, end = cert.index("-----BEGIN CERTIFICATE-----"), cert.index("-----END CERTIFICATE-----")
+    return hashlib.sha256(binascii.a2b_base64(cert[begin + 27:end])).digest()
+
+
+def make_certificate(hosts: Sequence[str]) -> tuple[str, str]:
+    """A new self-signed certificate for these names and addresses, and its key, as PEM texts: by the `openssl` command,
+    1.1.1, 3, or LibreSSL's. OSError says what is wrong with that."""
+    import subprocess
+    names = [f"{'IP' if ':' in host or host.replace('.', '').isdigit() else 'DNS'}:{host}" for host in hosts]
+    with tempfile.TemporaryDirectory() as directory:        # 0700
+        config, key, cert = [os.path.join(directory, name) for name in ("config", "key", "cert")]
+        with open(config, "w") as file:
+            file.write("\n".join((
+                "[req]", "prompt = no", "distinguished_name = name", "x509_extensions = more", "[name]", "CN = mirai",
+                "[more]", f"subjectAltName = {','.join(names)}", "subjectKeyIdentifier = hash",
+                "authorityKeyIdentifier = keyid:always", "basicConstraints = critical,CA:TRUE",
+                "keyUsage = critical,digitalSignature,keyCertSign", "extendedKeyUsage = serverAuth", "")))
+        for command in (["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key],
+                        ["req", "-new", "-x509", "-sha256", "-days", "3650", "-config", config, "-key", key,
+                         "-out", cert]):
+            try:
+                subprocess.run(["openssl", *command], check=True, timeout=CLOSE_TIME, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            except FileNotFoundError:
+                raise OSError(errno.ENOENT, "no openssl command here, which makes the certificates for tls+tcp://; give "
+                              "tls=, or use ssh_config(tunnel=True), which needs none") from None
+            except subprocess.SubprocessError as error:
+                words = getattr(error, "stderr", None) or error
+                raise OSError(errno.EIO, f"openssl {command[0]} failed: {str(words).strip()}") from None
+        with open(cert) as certificate, open(key) as private:
+            return certificate.read(), private.read()
+
+
+# -- the handshake
+
+class _Transcript:
+    """What two sides have said of themselves, by which either proves that it holds the key. `certificate`: the hash of
+    the listener's, in TLS: whoever sits between has another one."""
+
+    def __init__(self, key: bytes) -> None:
+        self.key, self.done = key, False
+        self._hello = self.challenge = self.certificate = b""
+
+    def proof(self, side: str) -> bytes:
+        """The sides differ, so that none can be reflected."""
+        return self._digest(f"proof {side}")
+
+    def seal(self, side: str) -> SealedChannel:
+        keys = {name: self._digest(f"seal {name}") for name in ("listener", "dialer")}
+        mine = keys.pop(side)
+        return SealedChannel(mine, *keys.values())
+
+    def _digest(self, what: str) -> bytes:
+        label = f"mirai {WIRE_VERSION} {what}\0{len(self._hello)} {len(self.certificate)}\0".encode()
+        return hmac.digest(self.key, b"".join([label, self._hello, self.certificate, self.challenge]), "sha256")
+
+
+class DialerHandshake(_Transcript):
     """The dialing side. `hello()` opens; `receive()` takes each message and gives the frames to answer with.
 
-    `done` once the listener has proven itself and has let us in. Refused where either fails.
+    `done` once the listener has proven itself and has let us in. Refused where either fails. `terms`: what the listener
+    has said of the connection.
     """
 
-    def __init__(self, key: bytes, role: str, about: Mapping[str, Any]) -> None:
-        self.key, self.done = key, False
+    def __init__(self, key: bytes, role: str, about: Mapping[str, Any], certificate: bytes = b"") -> None:
+        super().__init__(key)
+        self.certificate = certificate
+        self.terms: dict[str, Any] = {}
         self._proven = False        # the listener
         self._hello = json.dumps({"role": role, "nonce": os.urandom(32).hex(), "python": sys.version.split()[0],
-                                  "pid": os.getpid(), "host": socket.gethostname(), **about}).encode()
+                                 "pid": os.getpid(), "host": socket.gethostname(), **about}).encode()
 
     def hello(self) -> bytes:
         return encode(Kind.HELLO, payload=self._hello)
@@ -3466,77 +3866,171 @@ class DialerHandshake:
         if message.kind == Kind.REFUSED:
             raise Refused(f"refused by the listener: {decode_json(message).get('why')}")
         if message.kind == Kind.CHALLENGE and not self._proven:
-            proof, challenge = message.payload[:32], message.payload[32:]
-            if not hmac.compare_digest(proof, _proof(self.key, "listener", self._hello, challenge)):
-                raise Refused("the listener does not hold the key that this side holds")
+            proof, self.challenge = message.payload[:32], message.payload[32:]
+            if not hmac.compare_digest(proof, self.proof("listener")):
+                raise Refused("the listener does not hold the key that this side holds" + (
+                    ", or somebody with another certificate is in between" if self.certificate else ""))
             self._proven = True
-            return encode(Kind.PROOF, payload=_proof(self.key, "dialer", self._hello, challenge))
+            self.terms = decode_json(message._replace(payload=self.challenge))
+            return encode(Kind.PROOF, payload=self.proof("dialer"))
         if message.kind != Kind.WELCOME or not self._proven:
             raise ProtocolError(f"{message!r} in a handshake")
         self.done = True
         return b""
 
 
-class ListenerHandshake:
-    """The listening side, fed a stranger's messages. `peer` is what its hello said, to be believed once `done`."""
+class ListenerHandshake(_Transcript):
+    """The listening side, fed a stranger's messages. `peer` is what its hello said, to be believed once `done`. `terms`:
+    what is said to it, `seal` among it."""
 
-    def __init__(self, key: bytes) -> None:
-        self.key, self.done = key, False
+    def __init__(self, key: bytes, terms: Mapping[str, Any] | None = None, certificate: bytes = b"") -> None:
+        super().__init__(key)
+        self.terms, self.certificate = dict(terms or {}), certificate
         self.peer: dict[str, Any] = {}
-        self._hello = self._challenge = b""
 
     def receive(self, message: Message) -> bytes:
         if message.kind == Kind.HELLO and not self._hello:
             self.peer = decode_json(message)
             if self.peer.get("role") not in ("host", "daemon"):
                 raise Refused(f"the role {self.peer.get('role')!r} is unknown here")
-            kinds = {"pid": int, "host": str, "slot": (int, type(None)), "serial": (int, type(None))}
+            kinds = {"pid": int, "host": str, "slot": (int, type(None)), "serial": (int, type(None)),
+                     "launch": (int, type(None))}
             if not all(isinstance(self.peer.get(name), kind) for name, kind in kinds.items()):  # type: ignore[arg-type]
                 raise ProtocolError("a hello that makes no sense")
             self._hello = message.payload
-            self._challenge = json.dumps({"nonce": os.urandom(32).hex(), "python": sys.version.split()[0]}).encode()
-            proof = _proof(self.key, "listener", self._hello, self._challenge)
-            return encode(Kind.CHALLENGE, payload=proof + self._challenge)
+            self.challenge = json.dumps({**self.terms, "nonce": os.urandom(32).hex(),
+                                         "python": sys.version.split()[0]}).encode()
+            return encode(Kind.CHALLENGE, payload=self.proof("listener") + self.challenge)
         if message.kind != Kind.PROOF or not self._hello:
             raise ProtocolError(f"{message!r} in a handshake")
-        if not hmac.compare_digest(message.payload, _proof(self.key, "dialer", self._hello, self._challenge)):
+        if not hmac.compare_digest(message.payload, self.proof("dialer")):
             raise Refused("wrong key")
         self.done = True
         return encode(Kind.WELCOME)
 
 
-def dial(url: str, key: bytes, role: str, about: Mapping[str, Any], timeout: float = DIAL_TIME) -> Connection:
-    """An authenticated connection, its socket blocking. OSError: not reachable; Refused: one side refused."""
-    address = parse_url(url)
+# -- dialing
+
+def dial(urls: str | Sequence[str], key: bytes, role: str, about: Mapping[str, Any], timeout: float = DIAL_TIME,
+         tlscert: str | None = None) -> Connection:
+    """An authenticated connection, its socket blocking. Of several addresses, which all lead to one listener, to the
+    first at which it proves itself; the others are tried meanwhile.
+
+    OSError: not reachable; Refused: one side refused. Of several the text has every address with its reason.
+    """
+    addresses = [parse_url(urls)] if isinstance(urls, str) else [parse_url(url) for url in urls]
     deadline = time.monotonic() + timeout
-    family = socket.AF_UNIX if address.scheme == "ipc" else _family(address)
+    errors: list[tuple[Address, Exception]] = []
+    for address, sock in _connected(addresses, deadline, errors):
+        try:
+            return _shake_hands(address, sock, key, role, about, deadline, tlscert)
+        except (OSError, ProtocolError) as error:
+            sock.close()
+            errors.append((address, error))
+        except BaseException:
+            sock.close()
+            raise
+    if len(errors) == 1:
+        raise errors[0][1]
+    text = "; ".join(f"{format_url(address)}: {error}" for address, error in errors)
+    raise next((type(error)(text) for _, error in errors if isinstance(error, Refused)), OSError(errno.EHOSTUNREACH, text))
+
+
+def _connected(addresses: Sequence[Address], deadline: float, errors: list[tuple[Address, Exception]]) -> Iterator[
+        tuple[Address, socket.socket]]:
+    """Sockets as they get connected: all are tried at once."""
+    with selectors.DefaultSelector() as selector:
+        try:
+            for address in addresses:
+                try:
+                    if address.scheme == "ipc":
+                        yield address, _connect_unix(address, deadline)
+                    for family, where in _resolve(address) if address.scheme != "ipc" else ():
+                        _begin_connect(selector, address, family, where)
+                except OSError as error:
+                    errors.append((address, error))
+            while selector.get_map():
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    errors += [(each.data, TimeoutError(errno.ETIMEDOUT, "no answer in time"))
+                               for each in selector.get_map().values()]
+                    return
+                for each, _ in ready:
+                    sock: Any = each.fileobj
+                    selector.unregister(sock)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if code:
+                        sock.close()
+                        errors.append((each.data, OSError(code, os.strerror(code))))
+                    else:
+                        yield each.data, sock
+        finally:
+            for each in list(selector.get_map().values()):
+                each.fileobj.close()        # type: ignore[union-attr]
+
+
+def _begin_connect(selector: selectors.BaseSelector, address: Address, family: int, where: Any) -> None:
     sock = socket.socket(family)
+    sock.setblocking(False)
+    code = sock.connect_ex(where)
+    if code not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+        sock.close()
+        raise OSError(code, os.strerror(code))
+    selector.register(sock, selectors.EVENT_WRITE, address)
+
+
+def _connect_unix(address: Address, deadline: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
     try:
-        sock.settimeout(timeout)
-        sock.connect(address.host if address.scheme == "ipc" else (address.host, address.port))
-        connection = Connection(sock, Decoder(STRANGER_LIMIT))
-        shake = DialerHandshake(key, role, about)
-        sock.sendall(shake.hello())
-        while not shake.done:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            message = connection.decoder.pop()
-            if message is None:
-                connection.decoder.feed(_receive_some(sock, url))
-            else:
-                sock.sendall(shake.receive(message))
-        sock.settimeout(None)
-        connection.decoder.limit = None     # frames of the trusted may follow in the same bytes
-        return connection
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        sock.connect(address.host)
     except BaseException:
         sock.close()
         raise
+    return sock
 
 
-def _receive_some(sock: socket.socket, url: str) -> bytes:
-    data = sock.recv(READ_SIZE)
-    if not data:
-        raise ConnectionResetError(errno.ECONNRESET, f"{url} closed the connection in the handshake")
-    return data
+def _shake_hands(address: Address, sock: socket.socket, key: bytes, role: str, about: Mapping[str, Any],
+                 deadline: float, tlscert: str | None) -> Connection:
+    sock.settimeout(max(0.001, deadline - time.monotonic()))
+    connection = Connection(sock, Decoder(STRANGER_LIMIT))
+    certificate = b""
+    if address.scheme == "tls+tcp":
+        channel = connection.channel = TLSChannel(dialer_context(tlscert), address.host)
+        sock.sendall(channel.take_answer())
+        while not channel.ready:
+            _receive_some(connection, address, deadline)
+        certificate = hashlib.sha256(channel.certificate()).digest()
+    shake = DialerHandshake(key, role, about, certificate)
+    connection.send(shake.hello())
+    while not shake.done:
+        message = connection.decoder.pop()
+        if message is None:
+            _receive_some(connection, address, deadline)
+            continue
+        answer = shake.receive(message)
+        if answer:
+            connection.send(answer)
+    remote = sock.family != getattr(socket, "AF_UNIX", None) and not _is_loopback(sock.getpeername()[0])
+    if shake.terms.get("seal"):
+        connection.seal(shake.seal("dialer"))
+    elif remote and not certificate:
+        raise Refused("the listener offers neither TLS nor sealed frames, on a network")
+    if remote:
+        keep_alive(sock)
+    sock.settimeout(None)
+    connection.decoder.limit = None         # frames of the trusted may follow in the same bytes
+    connection.terms = shake.terms
+    return connection
+
+
+def _receive_some(connection: Connection, address: Address, deadline: float) -> None:
+    if not wait_ready(connection.fileno(), deadline - time.monotonic()):
+        raise TimeoutError(errno.ETIMEDOUT, f"{format_url(address)} did not answer in time")
+    if not connection.receive() and connection.ended:
+        if connection.fault:
+            raise Refused(connection.fault)
+        raise ConnectionResetError(errno.ECONNRESET, f"{format_url(address)} closed the connection in the handshake")
 
 
 # ======================================================================
@@ -3685,6 +4179,10 @@ class _Peer:
         self.shake: ListenerHandshake | None = shake
         self.role = "stranger"
         self.launch: tuple[int, int] | None = None      # slot, serial of a local daemon
+        self.launcher: int | None = None                # that started it elsewhere
+        self.where = ""                                 # its address, where it comes by TCP
+        self.remote = False                             # from another machine
+        self.since = time.monotonic()
         self.slot: Slot | None = None                   # its part of the page, where it uses that
         self.output = False                             # what its tasks write comes by the nursery
         self.name = ""
@@ -3699,13 +4197,25 @@ class _Peer:
         self.handle: Callable[[_Peer, Message], None] | None = None
 
 
+class _Launcher:
+    """A command that launches daemons elsewhere."""
+
+    def __init__(self, wish: Mapping[str, Any]) -> None:
+        self.n, self.stays = wish["n"], wish["stays"]       # stays: as long as its daemons, so that its end is theirs
+        self.joined = 0
+
+
 class Dispatcher:
     """Between host and daemons: a process, or (direct) a thread of the host. `spec`: url, key (hex), how the core is to
-    schedule. `page`: shared with local daemons."""
+    schedule, what dialers are told, PEM texts for TLS. `page`: shared with local daemons."""
 
     def __init__(self, spec: Mapping[str, Any], nursery: Connection, page: memoryview) -> None:
         self.core = DispatcherCore(spec["elastic"], spec["direct"], spec["fixed"])
         self.key = bytes.fromhex(spec["key"])
+        self.terms = {"module": spec.get("module", __name__)}
+        self.tls, self.certificate = None, b""
+        if spec.get("tls"):
+            self.tls, self.certificate = listener_context(*spec["tls"]), certificate_hash(spec["tls"][0])
         self.nursery, self.page = nursery, page
         self.selector = selectors.DefaultSelector()
         self.listener, self.address = listen(parse_url(spec["url"]))
@@ -3720,6 +4230,9 @@ class Dispatcher:
         self.serials: dict[int, int] = {}           # slot -> which of its launches counts
         self.joined: dict[int, _Peer] = {}          # slot -> its daemon, until the nursery tells of its end
         self.to_fork: list[tuple[int, int]] = []
+        self.launchers: dict[int, _Launcher] = {}
+        self.notices, self.untold = 0, 0            # said in this second, and not said
+        self.alone = False                          # tasks wait and nobody is there: a timer will say so
         self.dirty: set[_Peer] = set()
         self.timers: list[tuple[float, int, Callable[[], None]]] = []
         self.reports: deque[Message] = deque()      # of the nursery, read but not yet handled
@@ -3744,11 +4257,14 @@ class Dispatcher:
         try:
             url = format_url(self.address)
             with contextlib.suppress(OSError):      # no directory for it: daemons started by hand need the key given
-                files.append(write_key_file(url, self.key))
+                if is_local(self.address):
+                    files.append(write_key_file(url, self.key))
             self.nursery.send(encode_json(Kind.LISTENING, {"url": url, "files": files}))
             self.nursery.sock.setblocking(False)
             self._listen()
             self.selector.register(self.nursery, selectors.EVENT_READ, self._from_nursery)
+            if not is_local(self.address):
+                self._at(LINK_TIME / 6, self._check_links)
             while self.running:
                 for key, _ in self.selector.select(self._timeout() if self.timers else None):
                     key.data()
@@ -3824,24 +4340,59 @@ class Dispatcher:
     def _listen(self) -> None:
         self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
 
+    def _listen_later(self) -> None:
+        """To look again then, and not to spin."""
+        self.selector.unregister(self.listener)
+        self._at(0.1, self._listen)
+
     def _accept(self) -> None:
         try:
-            sock, _ = self.listener.accept()
+            if self._has_room():
+                sock, _ = self.listener.accept()
+            else:
+                return self._listen_later()
         except BlockingIOError:
             return
-        except OSError:                             # no descriptors left: look again later, do not spin
-            self.selector.unregister(self.listener)
-            self._at(0.1, self._listen)
-            return
+        except OSError:                             # no descriptors left
+            return self._listen_later()
         sock.setblocking(False)
-        if len(self.strangers) >= STRANGERS:
-            self._refuse(self.peers[next(iter(self.strangers))], "too many connections that have not said who they are")
         peer = _Peer(next(self.numbers), Connection(sock, Decoder(STRANGER_LIMIT)), ListenerHandshake(self.key))
+        if self.address.scheme != "ipc":
+            self._meet(peer, sock)
         peer.handle = self._greet
         self.peers[peer.number] = peer
         self.strangers[peer.number] = None
         self.selector.register(sock, selectors.EVENT_READ, functools.partial(self._serve, peer))
         self._at(HANDSHAKE_TIME, lambda: self._refuse(peer, "no handshake in time") if peer.shake else None)
+
+    def _has_room(self) -> bool:
+        """For one more stranger: the oldest goes, unless it has only just come; then new ones wait in the kernel."""
+        if len(self.strangers) < STRANGERS:
+            return True
+        oldest = self.peers[next(iter(self.strangers))]
+        if time.monotonic() - oldest.since < STRANGER_TIME:
+            return False
+        self._refuse(oldest, "too many connections that have not said who they are")
+        return True
+
+    def _meet(self, peer: _Peer, sock: socket.socket) -> None:
+        """What is between us is a network, or may be."""
+        with contextlib.suppress(OSError):
+            host, port = sock.getpeername()[:2]
+            peer.where, peer.remote = format_url(Address("tcp", host, port)), not _is_loopback(host)
+        terms = {**self.terms, "seal": peer.remote and self.tls is None}
+        peer.shake = ListenerHandshake(self.key, terms, self.certificate)
+        if self.tls is not None:
+            peer.connection.channel = TLSChannel(self.tls)
+        if peer.remote:
+            keep_alive(sock)
+
+    def _check_links(self) -> None:
+        """Those that the kernel would go on trying to reach."""
+        for peer in list(self.peers.values()):
+            if peer.remote and is_cut(peer.connection.sock):
+                self._at_end(peer, f"did not answer for {LINK_TIME:.0f} s: its machine is gone, or the network to it")
+        self._at(LINK_TIME / 6, self._check_links)
 
     def _serve(self, peer: _Peer) -> None:
         """Something happened on a connection."""
@@ -3851,8 +4402,12 @@ class Dispatcher:
             self._flush(peer)
         peer.connection.receive()
         self._take(peer)
+        if peer.connection.pending and peer.number in self.peers:
+            self._flush(peer)                       # TLS has something to say
         if peer.connection.ended and peer.number in self.peers:
-            self._at_end(peer)
+            if peer.connection.fault:
+                self._notice(f"{peer.role} {peer.name or peer.where}: {peer.connection.fault}")
+            self._at_end(peer, peer.connection.fault or "closed its connection")
 
     def _take(self, peer: _Peer) -> None:
         number, peers = peer.number, self.peers
@@ -3876,6 +4431,9 @@ class Dispatcher:
             peer.launch = None if slot is None else (slot, serial)
         self._post(peer, answer)
         if peer.shake.done:
+            if peer.shake.terms.get("seal"):
+                self._flush(peer)
+                peer.connection.seal(peer.shake.seal("listener"))
             self._admit(peer, about)
 
     def _admit(self, peer: _Peer, about: Mapping[str, Any]) -> None:
@@ -3890,7 +4448,13 @@ class Dispatcher:
             self.joined[peer.launch[0]] = peer
             peer.slot = Slot(self.page, peer.launch[0]) if about.get("page") else None
             peer.output = self.specs[peer.launch[0]]["options"].get("output", False)
-        self._do(self.core.joined(peer.number, peer.launch and peer.launch[0]))
+        launcher = self.launchers.get(about.get("launch") or 0)
+        expected = launcher is not None and launcher.joined < launcher.n
+        self._do(self.core.joined(peer.number, peer.launch and peer.launch[0], expected))
+        if launcher is not None and expected:
+            launcher.joined += 1
+            if launcher.joined == launcher.n:
+                self._launched(about["launch"], 0, "")
 
     def adopt_host(self, connection: Connection) -> None:
         """In direct mode, whose host needs not prove anything."""
@@ -3923,21 +4487,37 @@ class Dispatcher:
 
     def _refuse(self, peer: _Peer, why: str) -> None:
         if peer.number in self.peers:
+            self._notice(f"refused {peer.where or 'somebody on this machine'}: {why}")
             with contextlib.suppress(OSError):
                 peer.connection.send(encode_json(Kind.REFUSED, {"why": why}))
             self._close(peer)
 
     def _fault(self, peer: _Peer, why: str) -> None:
-        print(f"mirai dispatcher: {peer.role} {peer.name} is dropped: {why}", file=sys.stderr, flush=True)
-        self._at_end(peer)
+        self._notice(f"{peer.role} {peer.name} is dropped: {why}")
+        self._at_end(peer, f"is dropped: {why}")
 
-    def _at_end(self, peer: _Peer) -> None:
+    def _notice(self, text: str) -> None:
+        """For the host's log: a few in a second, as strangers may give cause for many."""
+        if not self.notices:
+            self._at(1.0, self._end_notices)
+        self.notices += 1
+        if self.notices > NOTICES:
+            self.untold += 1
+        elif self.host is not None:
+            self._post(self.host, encode_json(Kind.NOTICE, {"text": text}))
+
+    def _end_notices(self) -> None:
+        self.notices, untold, self.untold = 0, self.untold, 0
+        if untold:
+            self._notice(f"and {untold} more in that second")
+
+    def _at_end(self, peer: _Peer, how: str = "closed its connection") -> None:
         """A connection has ended. Of a local daemon the nursery will say how; one that stays is killed first."""
         self._close(peer)
         if peer.role == "host":
             self.running = False
         elif peer.role == "daemon" and peer.launch is None:
-            self._lose(peer, "closed its connection")
+            self._lose(peer, how)
         elif peer.role == "daemon":
             self._do(self.core.leaving(peer.number, DIED))
             self._at(GRACE, lambda: self._signal(peer, signal.SIGKILL) if peer in self.joined.values() else None)
@@ -3984,6 +4564,8 @@ class Dispatcher:
 
     def _from_host(self, peer: _Peer, message: Message) -> None:
         kind, id, flags, payload = message
+        if not self.core.daemons:
+            self._await_daemons()
         if kind == Kind.TASK:
             self.frames[id] = encode(kind, id, payload)
             self._do(self.core.submitted(id, flags))
@@ -4008,12 +4590,30 @@ class Dispatcher:
             for daemon in list(self.core.idle) if not slots else ():                # and those that idle are outdated
                 self._at_end(self.peers[daemon])
             self._do(self.core.launch(slots))
+        elif kind == Kind.COMMAND:
+            wish = decode_json(message)
+            self.launchers[id] = _Launcher(wish)
+            self._do(self.core.expect(wish["n"]))
+            if wish["argv"]:
+                self.nursery.post(encode(kind, id, payload))
         elif kind == Kind.END:
             for daemon in self.core.daemons:
                 if daemon in self.peers:
                     self._post(self.peers[daemon], encode(Kind.END))
         else:
             raise ProtocolError(f"{message!r} from a host")
+
+    def _await_daemons(self) -> None:
+        """Tasks come, and nobody is there: launches may be pending, but the user should know."""
+        if not self.alone:
+            self.alone = True
+            self._at(PENDING_TIME, self._tell_alone)
+
+    def _tell_alone(self) -> None:
+        self.alone = False
+        if self.core.queued > 0 and not self.core.daemons and not self.core.launching:
+            self._notice(f"tasks have waited for {PENDING_TIME:.0f} s at {format_url(self.address)}, where no daemon is "
+                         f"connected; {self.core.expected or 'none'} are being launched")
 
     def _release(self, unit: int) -> None:
         """A frame goes once nobody wants an outcome of it; those of `everywhere` calls are there for newcomers."""
@@ -4081,9 +4681,10 @@ class Dispatcher:
     def _take_reports(self) -> None:
         while self.reports:
             message = self.reports.popleft()
-            if message.kind != Kind.ENDED:
+            if message.kind not in (Kind.ENDED, Kind.COMMAND):
                 raise ProtocolError(f"{message!r} from the nursery")
-            self._daemon_ended(decode_json(message))
+            report = decode_json(message)
+            self._daemon_ended(report) if message.kind == Kind.ENDED else self._launcher_ended(message.id, report)
 
     def _read_nursery(self) -> None:
         """What it has to say can wait; what tasks wrote is passed on at once."""
@@ -4102,6 +4703,23 @@ class Dispatcher:
                 if self.specs[slot]["options"].get("autoexit", True) is True:
                     os.killpg(daemon.pid, signal.SIGKILL)
         self.running = False
+
+    def _launcher_ended(self, id: int, report: Mapping[str, Any]) -> None:
+        """One that stays has no daemons any more, and one that failed never had any; else they may still come."""
+        launcher, status = self.launchers[id], report["status"]
+        missing = launcher.n - launcher.joined
+        if missing and (launcher.stays or status):
+            launcher.n = launcher.joined
+            self.last_words = describe_loss(report["what"], describe_exit(status), report["words"])
+            self._launched(id, status, self.last_words)
+            self._do(self.core.not_coming(missing))
+        elif missing:
+            self._launched(id, status, "")
+
+    def _launched(self, id: int, status: int, text: str) -> None:
+        if self.host is not None:
+            content = {"joined": self.launchers[id].joined, "status": status, "text": text}
+            self._post(self.host, encode_json(Kind.LAUNCHED, content, id))
 
     def _daemon_ended(self, report: Mapping[str, Any]) -> None:
         slot, how = report["slot"], describe_exit(report["status"])
@@ -4271,6 +4889,8 @@ class Dispatcher:
             self._post(self.host, encode(Kind.SIZED, effect.unit, RANGE.pack(0, effect.n)))
 
     def _launch_text(self) -> str:
+        if not self.specs:
+            return f"no daemon could be launched: {self.last_words}"
         return (f"no daemon could be started: {MAX_FAILED_STARTS} in a row ended before they were ready; "
                 f"{self.last_words}")
 
@@ -4290,7 +4910,7 @@ class Dispatcher:
         self.to_fork.clear()
         for launches in groups.values():
             self.nursery.post(encode_json(Kind.FORK, {
-                "launches": launches, "spec": self.specs[launches[0][0]], "url": format_url(self.address)}))
+                "launches": launches, "spec": self.specs[launches[0][0]], "url": nearby(self.address)}))
 
     def _stop_launching(self, effect: Any) -> None:
         if self.host is not None:
@@ -4310,7 +4930,7 @@ class Dispatcher:
 
 # What this process is and does: is a daemon, one that a nursery began; evaluates a task in sync mode, an item of a map
 _here: dict[str, Any] = {"daemon": False, "launched": False, "slot": None, "evaluating": False, "map": False}
-DaemonOptions = collections.namedtuple("DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output")
+DaemonOptions = collections.namedtuple("DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output cert")
 _LIMITS = ("idletime", "walltime", "maxtasks")
 _SWITCHES = ("asyncdial", "cleanup", "output", "dispatcher", "forward_imports")
 
@@ -4320,20 +4940,21 @@ def on_daemon() -> bool:
     return bool(_here["daemon"] or _here["evaluating"])
 
 
-def daemon(url: str, *, dispatcher: bool = True, asyncdial: bool = False, autoexit: bool | None = True,
+def daemon(url: str | Sequence[str], *, dispatcher: bool = True, asyncdial: bool = False, autoexit: bool | None = True,
            cleanup: bool = True, output: bool = False, idletime: float = math.inf, walltime: float = math.inf,
-           maxtasks: float = math.inf, rs: Sequence[int] | None = None, kill_after: float | None = None,
-           key: str | bytes | None = None) -> int:
+           maxtasks: float = math.inf, tlscert: str | None = None, rs: Sequence[int] | None = None,
+           kill_after: float | None = None, key: str | bytes | None = None) -> int:
     """Serves the dispatcher (or host) at `url` until one side ends it; call it in the main thread of a process of its
     own.
 
-    dispatcher: for the record; whoever listens at the url is served. asyncdial: where nobody listens yet, try until
+    url: one, or several addresses of one listener, which are tried at once. dispatcher: for the record; whoever listens at the url is served. asyncdial: where nobody listens yet, try until
     somebody does. autoexit: True ends with the connection, a running task 200 ms later; None lets that finish first;
     False dials the url again, for a next host. cleanup: after each task (once per chunk of a map) the names that it
     assigned in its namespace, sys.path, the environment, the working directory and the warnings filters are as they
     were; what `everywhere()` did stays. output: whether what tasks print is shown (local daemons of a host: there).
     idletime, walltime: seconds without a task, and in all, after which it ends (what runs is finished first).
-    maxtasks: tasks after which it ends. rs: the random stream it begins with, as `nextstream()` gives. kill_after: for
+    maxtasks: tasks after which it ends. tlscert: PEM text or its path, of the certificate or authority by which the
+    listener's certificate and host name are verified; by default the key alone says that it is the right one. rs: the random stream it begins with, as `nextstream()` gives. kill_after: for
     the host's own local daemons, seconds after which one that does not give back a cancelled task is killed. key: the
     profile's, 64 hexadecimal digits or 32 bytes; by default MIRAI_KEY or, for a profile of the same user, its key
     file.
@@ -4342,14 +4963,15 @@ def daemon(url: str, *, dispatcher: bool = True, asyncdial: bool = False, autoex
     url can't be reached, `Refused` where either side refuses the other.
     """
     options = {"dispatcher": dispatcher, "asyncdial": asyncdial, "autoexit": autoexit, "cleanup": cleanup,
-               "output": output, "idletime": idletime, "walltime": walltime, "maxtasks": maxtasks, "rs": rs,
-               "kill_after": kill_after}
+               "output": output, "idletime": idletime, "walltime": walltime, "maxtasks": maxtasks, "tlscert": tlscert,
+               "rs": rs, "kill_after": kill_after}
     check_daemon_options(options)
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("daemon() needs the main thread of a process of its own: that is where tasks run")
-    secret = find_key(url) if key is None else parse_key(key)
+    urls = [url] if isinstance(url, str) else list(url)
+    secret = find_key(*urls) if key is None else parse_key(key)
     stream = random_stream() if rs is None else stream_from_r(rs)
-    return _serve_at(url, secret, {}, _daemon_options(options, stream), asyncdial)
+    return _serve_at(urls, secret, {}, _daemon_options(options, stream), asyncdial)
 
 
 def check_daemon_options(options: Mapping[str, Any]) -> None:
@@ -4372,12 +4994,15 @@ def check_daemon_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"autoexit={value!r}: expected True, False, or None to finish a running task first")
         if name == "rs" and value is not None:
             stream_from_r(value)
+        if name == "tlscert" and value is not None:
+            read_pem(value, name)
 
 
 def _daemon_options(options: Mapping[str, Any], stream: Stream) -> DaemonOptions:
     idletime, walltime, maxtasks = [options.get(name, math.inf) for name in _LIMITS]
+    cert = options.get("tlscert")
     return DaemonOptions(options.get("autoexit", True), options.get("cleanup", True), idletime, walltime, maxtasks,
-                         stream, options.get("output", False))
+                         stream, options.get("output", False), cert and read_pem(cert, "tlscert"))
 
 
 def nextcode(xc: int) -> str:
@@ -4388,11 +5013,18 @@ def nextcode(xc: int) -> str:
     return f"{xc} | Daemon {reasons[xc]}"
 
 
-def _serve_at(url: str, key: bytes, about: Mapping[str, Any], options: DaemonOptions, patient: bool) -> int:
+def _serve_at(urls: Sequence[str], key: bytes, about: Mapping[str, Any], options: DaemonOptions, patient: bool) -> int:
     """A daemon without a page: serves at the url, and with `autoexit=False` again and again."""
-    connection = _dial_patiently(url, key, about, math.inf, OSError) if patient else dial(url, key, "daemon", about)
+    dialing = functools.partial(dial, urls, key, "daemon", tlscert=options.cert)
+    connection = _dial_patiently(dialing, about, math.inf, OSError) if patient else dialing(about)
+    return _serve_from(connection, dialing, options)
+
+
+def _serve_from(connection: Connection | None, dialing: Callable[[Mapping[str, Any]], Connection],
+                options: DaemonOptions) -> int:
     server = _Daemon(options)
     while connection is not None:
+        _answer_to(str(connection.terms.get("module", __name__)))
         inbox = _ThreadInbox(connection, options.autoexit)
         try:
             why = server.serve(inbox)
@@ -4406,28 +5038,38 @@ def _serve_at(url: str, key: bytes, about: Mapping[str, Any], options: DaemonOpt
         if _here["launched"]:
             _leave_terminal()       # the inbox may not have seen the end that a broken send told of
         # The next host knows nothing of how it was started; there may be others in between, which refuse it.
-        connection = _dial_patiently(url, key, {}, time.monotonic() + server.patience(), Refused)
+        connection = _dial_patiently(dialing, {}, time.monotonic() + server.patience(), Refused)
     return server.why_now()
 
 
-def _dial_patiently(url: str, key: bytes, about: Mapping[str, Any], deadline: float,
+def _dial_patiently(dialing: Callable[[Mapping[str, Any]], Connection], about: Mapping[str, Any], deadline: float,
                     refused: type[Exception]) -> Connection | None:
     """Tries until somebody listens there; None after the deadline."""
     pause = REDIAL_FIRST
     while True:
         try:
-            return dial(url, key, "daemon", about)
+            return dialing(about)
         except (OSError, refused):
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
-            time.sleep(min(pause, left))
+            time.sleep(min(pause * random.SystemRandom().uniform(0.5, 1.0), left))      # not all at once
             pause = min(2 * pause, REDIAL_MOST)
+
+
+def _answer_to(name: str) -> None:
+    """This file may have another name with the host, where a project has it in a package of its own: what goes by name
+    goes by that one."""
+    global __name__
+    if name != __name__:
+        for value in [value for value in globals().values() if getattr(value, "__module__", None) == __name__]:
+            value.__module__ = name
+        sys.modules[name], __name__ = sys.modules[__name__], name
 
 
 def _become_daemon() -> None:
     """What tasks find: a `__main__` of their own, which the host's functions share; a `quit()` that ends it all."""
-    _here["daemon"] = True
+    _here["daemon"], HOSTS_PATH[0] = True, _here["launched"]
     os.environ.pop("MIRAI_KEY", None)       # it has served; tasks and what they start need not have it
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
@@ -4542,6 +5184,7 @@ class _ThreadInbox:
     def __init__(self, connection: Connection, autoexit: bool | None) -> None:
         import queue
         self.connection, self.autoexit = connection, autoexit
+        self.remote = connection.sock.family != getattr(socket, "AF_UNIX", None)
         self.stops_on_ctrl_c = True
         self.signalled = False          # by this thread: the next SIGINT is no Ctrl-C
         self.over = False               # the daemon has ended by itself
@@ -4610,6 +5253,9 @@ class _ThreadInbox:
                     report = self.report
                     if report is not None and report.outcomes and time.monotonic() - report.since > CHUNK_TIME:
                         self.send_report(report)
+                while self.remote and not wait_ready(self.connection.fileno(), LINK_TIME / 6):
+                    if is_cut(self.connection.sock):
+                        self.connection.sock.shutdown(socket.SHUT_RDWR)
                 if not self.connection.receive():
                     break
         except OSError:
@@ -4941,7 +5587,10 @@ class _Child:
         self.direct = False                                 # a dispatcher in a thread of the host
         self.spared = False                                 # a daemon that may outlive its connection
         self.slot: Slot | None = None                       # of a daemon whose output is passed on
-        self.out = -1                                       # the reading end of its stdout, likewise
+        self.out = -1                                       # the reading end of its stdout, likewise; of a command's
+        self.said = b""                                     # the tail of what a command wrote there
+        self.wish: dict[str, Any] = {}                      # what a command was asked for
+        self.undo: list[list[str]] = []                     # of a dispatcher: commands that end what others launched
         self.text = {stream: _utf8(errors="backslashreplace") for stream in (1, 2)}     # a read may end in a character
 
 
@@ -4991,7 +5640,7 @@ class Nursery:
             if os.getppid() != self.host:
                 self.ending = True
         self._end()
-        return None
+        return self.become
 
     def _timeout(self) -> float | None:
         if self.to_fork:
@@ -5025,8 +5674,11 @@ class Nursery:
         for child in self.children.values():
             if not child.spared:
                 _kill_group(child.pid)
-        for dispatcher in self.dispatchers.values():
+        for dispatcher in list(self.dispatchers.values()):
             self._remove_files(dispatcher)
+            self._undo(dispatcher)
+            if self.become is not None:
+                return
         with contextlib.suppress(OSError):          # other hosts' sockets are in it
             os.rmdir(runtime_dir())
 
@@ -5076,6 +5728,10 @@ class Nursery:
                 self.to_fork.extend((child, tuple(launch), spec) for launch in content["launches"])
             elif message.kind == Kind.SIGNAL:
                 self._signal(child.job, content["pid"], content["signal"])
+            elif message.kind == Kind.COMMAND:
+                self._run_command(child, message.id, content)
+                if self.become is not None:
+                    return
         if child.control.ended:
             self._hang_up(child)
             if child.direct:
@@ -5100,13 +5756,18 @@ class Nursery:
     # -- starting
 
     def _start_dispatcher(self, job: int, spec: Mapping[str, Any]) -> None:
+        host = self.received.pop(0) if self.received else -1
+        if host < 0:
+            raise OSError(errno.EMFILE, "its descriptor did not arrive: too many are open")
         control, theirs = socket.socketpair()
         page = new_page()
-        child = self._fork("dispatcher", job, theirs, lambda: _dispatch(spec, Connection(theirs), page))
+        child = self._fork("dispatcher", job, (theirs.fileno(), host),
+                           lambda: _dispatch(spec, Connection(theirs), page, socket.socket(fileno=host)))
         if child is None:
             control.detach()
             return
         theirs.close()
+        os.close(host)
         self._add_dispatcher(child, control, page, spec)
 
     def _meet_dispatcher(self, job: int, spec: Mapping[str, Any]) -> None:
@@ -5131,7 +5792,7 @@ class Nursery:
             return
         page = dispatcher.page or memoryview(b"")
         try:
-            child = self._fork("daemon", dispatcher.job, None, functools.partial(
+            child = self._fork("daemon", dispatcher.job, (), functools.partial(
                 _local_daemon, spec, dispatcher.key, launch, page), spec["options"].get("output", False))
         except OSError as error:
             self._report(dispatcher, launch, 0, 1, f"it could not be forked: {error}")
@@ -5141,7 +5802,42 @@ class Nursery:
             child.spared = spec["options"].get("autoexit", True) is not True
             child.slot = Slot(page, launch[0]) if child.out >= 0 else None
 
-    def _fork(self, role: str, job: int, keep: socket.socket | None, run: Callable[[], int],
+    def _run_command(self, dispatcher: _Child, id: int, wish: dict[str, Any]) -> None:
+        """One that launches daemons elsewhere, or undoes that. Its input is a file: it may be larger than a pipe."""
+        file = _unnamed_file()
+        try:
+            with open(os.dup(file), "w") as writer:
+                writer.write(wish.get("input", ""))
+            os.lseek(file, 0, os.SEEK_SET)
+            child = self._fork("command", dispatcher.job, (file,), functools.partial(_execute, wish, file), True)
+        except OSError as error:
+            self._command_ended(dispatcher, id, wish, 1, f"it could not be started: {error}")
+            return
+        finally:
+            if self.become is None:
+                os.close(file)
+        if child is not None:
+            child.launch, child.wish = (id, 0), wish
+
+    def _command_ended(self, dispatcher: _Child, id: int, wish: Mapping[str, Any], status: int, words: str,
+                       said: str = "") -> None:
+        import re
+        found = re.search(wish["job"], said) if not status and wish.get("job") else None
+        if found is not None:
+            dispatcher.undo.append([part.replace("{}", found.group(1)) for part in wish["undo"]])
+        if dispatcher.control is not None:
+            self._tell(dispatcher.control, encode_json(Kind.COMMAND, {
+                "what": wish["what"], "status": status, "words": words or said}, id))
+
+    def _undo(self, dispatcher: _Child) -> None:
+        """Ends what was launched elsewhere and might not notice by itself that it is no longer needed."""
+        due = time.monotonic() + CLOSE_TIME
+        while dispatcher.undo and self.become is None:
+            wish = {"argv": dispatcher.undo.pop(), "env": dict(os.environ), "what": "undo"}
+            self._run_command(dispatcher, 0, wish)
+        self.to_kill += [(due, child.pid) for child in self.children.values() if child.wish.get("what") == "undo"]
+
+    def _fork(self, role: str, job: int, keep: Collection[int], run: Callable[[], int],
               output: bool = False) -> _Child | None:
         """A child in a session of its own, its stderr kept; None in the child itself, which then runs `become`."""
         pipes = [os.pipe() for _ in range(1 + output)]
@@ -5163,7 +5859,7 @@ class Nursery:
             self.selector.register(ours, selectors.EVENT_READ, functools.partial(self._read_output, child, stream))
         return child
 
-    def _enter_child(self, keep: socket.socket | None, pipes: list[int]) -> None:
+    def _enter_child(self, keep: Collection[int], pipes: list[int]) -> None:
         """Leaves everything of the nursery's behind: an inherited descriptor would hide a sibling's end."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -5179,9 +5875,7 @@ class Nursery:
         for child in self.children.values():
             if child.control is not None:
                 child.control.sock.detach()
-        kept = 2 if keep is None else keep.fileno()
-        os.closerange(3, kept)
-        os.closerange(max(3, kept + 1), max_descriptor())
+        _close_all_but(keep)
 
     # -- ending
 
@@ -5197,8 +5891,10 @@ class Nursery:
             data = None
         if data and stream == 2:
             child.tail = (child.tail + data)[-LAST_WORDS:]
+        elif data and child.role == "command":
+            child.said = (child.said + data)[-LAST_WORDS:]
         dispatcher = self.dispatchers.get(child.job)
-        if data is not None and child.out >= 0 and dispatcher is not None and dispatcher.control is not None:
+        if data is not None and child.slot is not None and dispatcher is not None and dispatcher.control is not None:
             text = child.text[stream].decode(data, not data)
             self._tell(dispatcher.control, encode(Kind.OUTPUT, 0, text.encode(), stream))
         if child.slot is not None and (dispatcher is None or dispatcher.control not in self.unsent):
@@ -5256,7 +5952,12 @@ class Nursery:
             return
         dispatcher = self.dispatchers.get(child.job)
         if dispatcher is not None:
-            self._report(dispatcher, child.launch, child.pid, status, child.tail.decode(errors="replace"))
+            words = child.tail.decode(errors="replace")
+            if child.role == "command":
+                said = child.said.decode(errors="replace")
+                self._command_ended(dispatcher, child.launch[0], child.wish, status, words, said)
+            else:
+                self._report(dispatcher, child.launch, child.pid, status, words)
             self._finish(dispatcher)
 
     def _dispatcher_ended(self, dispatcher: _Child, status: int) -> None:
@@ -5264,7 +5965,9 @@ class Nursery:
         due = time.monotonic() + GRACE
         self.to_kill += [(due, other.pid) for other in self.children.values()
                          if other.job == dispatcher.job and not other.spared]
-        self._finish(dispatcher)
+        self._undo(dispatcher)
+        if self.become is None:
+            self._finish(dispatcher)
 
     def _finish(self, dispatcher: _Child) -> None:
         """Once a dispatcher and all that must end with it have ended the host may know."""
@@ -5296,14 +5999,39 @@ class Nursery:
         self.to_kill = [(when, pid) for when, pid in self.to_kill if when > now]
 
 
-def _dispatch(spec: Mapping[str, Any], nursery: Connection, page: memoryview) -> int:
+def _dispatch(spec: Mapping[str, Any], nursery: Connection, page: memoryview, host: socket.socket) -> int:
     """A dispatcher's life in a child of the nursery."""
     try:
         dispatcher = Dispatcher(spec, nursery, page)
+        dispatcher.adopt_host(Connection(host))
     except OSError as error:        # its last words: no traceback, as it is the URL that is wrong
         print(error.strerror or error, file=sys.stderr, flush=True)
         return 1
     return dispatcher.run()
+
+
+def _close_all_but(keep: Collection[int]) -> None:
+    """Of the descriptors above the standard ones."""
+    low = 3
+    for fd in sorted({*keep}):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, max_descriptor())
+
+
+def _execute(wish: Mapping[str, Any], file: int) -> int:
+    """In a child of the nursery: becomes another program, as the user would start it."""
+    os.dup2(file, 0)
+    os.close(file)
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(signum, signal.SIG_DFL)
+    with contextlib.suppress(OSError, KeyError):
+        os.chdir(wish["cwd"])
+    try:
+        os.execvpe(wish["argv"][0], wish["argv"], wish["env"])
+    except OSError as error:
+        print(f"{wish['argv'][0]}: {error.strerror}", file=sys.stderr, flush=True)
+    return 127
 
 
 def _kill_group(pid: int) -> None:
@@ -5344,8 +6072,8 @@ def _local_daemon(spec: Mapping[str, Any], key: str, launch: tuple[int, int], pa
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)    # noqa: SIM115
     about = {"slot": launch[0], "serial": launch[1], "page": options.autoexit is True}
     if not about["page"]:
-        return _serve_at(spec["url"], bytes.fromhex(key), about, options, False)
-    connection = dial(spec["url"], bytes.fromhex(key), "daemon", about)
+        return _serve_at([spec["url"]], bytes.fromhex(key), about, options, False)
+    connection = dial(spec["url"], bytes.fromhex(key), "daemon", about, tlscert=options.cert)
     return _Daemon(options).serve(_PageInbox(connection, Slot(page, launch[0])))
 
 
@@ -5360,8 +6088,7 @@ def nursery_main(host: int) -> int:
     control = socket.socket(fileno=os.dup(0))
     control.setblocking(False)
     os.dup2(devnull, 0)
-    os.closerange(3, control.fileno())
-    os.closerange(control.fileno() + 1, max_descriptor())
+    _close_all_but((control.fileno(),))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sweep_runtime_dir()
@@ -5378,7 +6105,7 @@ class NurseryHandle:
     """The host's end: starts the nursery process, asks for dispatchers, hears of their ends. Any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._jobs = itertools.count(1)
         self._listening: dict[int, Mapping[str, Any]] = {}
         self._ended: dict[int, Mapping[str, Any]] = {}
@@ -5388,27 +6115,36 @@ class NurseryHandle:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, *_interpreter_flags(), "-c", _NURSERY_COMMAND, __name__, os.path.abspath(__file__),
+                [sys.executable, *_interpreter_flags(), "-c", _NURSERY_COMMAND, __name__, self._own_path(),
                  str(os.getpid())], stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True)
         self.pid = self.process.pid
         ours.setblocking(False)
         self.connection = Connection(ours)
 
-    def start(self, spec: Mapping[str, Any]) -> tuple[int, str]:
-        """A dispatcher: its job number, and the URL it listens at. LaunchError where there will be none."""
+    def _own_path(self) -> str:
+        if "__source__" not in globals():
+            return os.path.abspath(__file__)
+        self._file = tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8")    # noqa: SIM115
+        self._file.write(globals()["__source__"])
+        self._file.flush()
+        return self._file.name
+
+    def start(self, spec: Mapping[str, Any]) -> tuple[int, str, socket.socket]:
+        """A dispatcher: its job number, the URL it listens at, and this side's end of the connection to it. LaunchError
+        where there will be none."""
         job = next(self._jobs)
+        ours, theirs = socket.socketpair()
         try:
-            self._send(encode_json(Kind.START, spec, job))
-            self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
+            with theirs:
+                self._send_with(encode_json(Kind.START, spec, job), theirs.fileno())
+            return job, self._await_listening(job), ours
         except BaseException:
+            ours.close()
             self.kill(job)
             raise
-        if job not in self._listening:
-            raise LaunchError(f"the dispatcher did not start; {self.describe_end(job, 0.0)}")
-        return job, self._listening.pop(job)["url"]
 
-    def start_direct(self, spec: Mapping[str, Any]) -> tuple[int, str, Dispatcher, socket.socket]:
-        """The same in a thread of this process: itself, and this side's end of the connection to it."""
+    def start_direct(self, spec: Mapping[str, Any]) -> tuple[int, str, socket.socket, Dispatcher]:
+        """The same in a thread of this process, and itself."""
         job = next(self._jobs)
         file = os.memfd_create("mirai") if hasattr(os, "memfd_create") else _unnamed_file()
         control, theirs = socket.socketpair()
@@ -5416,9 +6152,7 @@ class NurseryHandle:
         try:
             os.ftruncate(file, SLOTS * SLOT_SIZE)
             dispatcher = Dispatcher(spec, Connection(control), new_page(file))
-            with self._lock:
-                self.connection.flush()
-                socket.send_fds(self.connection.sock, [encode_json(Kind.START, spec, job)], [theirs.fileno(), file])
+            self._send_with(encode_json(Kind.START, spec, job), theirs.fileno(), file)
         except OSError as error:
             if dispatcher is not None:
                 dispatcher.close()
@@ -5431,13 +6165,23 @@ class NurseryHandle:
         dispatcher.adopt_host(Connection(host))
         threading.Thread(target=dispatcher.run, name="mirai-dispatcher", daemon=True).start()
         try:
-            self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
-            if self._listening.pop(job, None) is None:
-                raise LaunchError(f"the nursery did not take the dispatcher over; {self.describe_end(job, 0.0)}")
+            self._await_listening(job)
         except BaseException:
             ours.close()        # by which it ends
             raise
-        return job, format_url(dispatcher.address), dispatcher, ours
+        return job, format_url(dispatcher.address), ours, dispatcher
+
+    def _await_listening(self, job: int) -> str:
+        self._read_until(lambda: job in self._listening or job in self._ended, START_TIME)
+        if job not in self._listening:
+            raise LaunchError(f"the dispatcher did not start; {self.describe_end(job, 0.0)}")
+        return str(self._listening.pop(job)["url"])
+
+    def _send_with(self, frame: bytes, *fds: int) -> None:
+        """A frame, and descriptors."""
+        with self._lock:
+            socket.send_fds(self.connection.sock, [frame[:1]], fds)
+            self._send(frame[1:])
 
     def kill(self, job: int) -> None:
         with contextlib.suppress(OSError):
@@ -5519,7 +6263,286 @@ def _interpreter_flags() -> list[str]:
 
 
 # ======================================================================
-# 13. Mirai: the future
+# 13. Launchers: what starts daemons on other machines
+# ======================================================================
+# Knows:  the command lines of ssh and of schedulers, shell scripts, this file's own source.
+# Never:  connections, processes; but for an HTTP request it runs nothing itself.
+# Rule:   the key and the source go by standard input, and never in an argument.
+
+Offer = collections.namedtuple("Offer", "urls key options")     # what a daemon needs: where to dial, a key in hex
+# what: in words; n: how many daemons it launches; stays: as long as they; job: a pattern of what it prints, for undo
+Command = collections.namedtuple("Command", "launcher what argv input n stays job undo", defaults=("", ()))
+_launchers = itertools.count(1)
+
+_BOOT = "import sys;exec(sys.stdin.readline())"         # no quotes, and nothing that a shell would look into
+_LOADER = """
+import sys
+if sys.version_info < (3, 9):
+    sys.exit("mirai needs Python 3.9 or newer, %s is %s" % (sys.executable, sys.version.split()[0]))
+import base64, json, linecache, types, zlib
+about, source = [zlib.decompress(base64.b64decode(sys.stdin.readline())).decode() for _ in range(2)]
+about = json.loads(about)
+module = sys.modules[about["module"]] = types.ModuleType(about["module"])
+module.__file__, module.__source__ = "<mirai>", source
+linecache.cache["<mirai>"] = len(source), None, source.splitlines(True), "<mirai>"
+exec(compile(source, "<mirai>", "exec"), vars(module))
+sys.exit(module.serve_launched(about))
+"""
+
+
+def own_source() -> str:
+    """This file's text, which daemons elsewhere are sent."""
+    if "__source__" in globals():       # it was sent itself
+        return str(globals()["__source__"])
+    with open(__file__, encoding="utf-8") as file:
+        return file.read()
+
+
+@functools.cache
+def _packed_source() -> str:
+    return _pack(own_source())
+
+
+def _pack(text: str) -> str:
+    import zlib
+    return binascii.b2a_base64(zlib.compress(text.encode(), 9), newline=False).decode()
+
+
+def payload(offer: Offer, launcher: int, n: int) -> str:
+    """What a bare `python3 -c BOOT` reads to become n daemons: three lines of plain characters."""
+    about = {"module": __name__, "urls": offer.urls, "key": offer.key, "options": offer.options, "launch": launcher,
+             "n": n}
+    return f"exec({_LOADER!r})\n{_pack(json.dumps(about))}\n{_packed_source()}\n"
+
+
+def shell_script(python: str, lines: Iterable[str], setup: Any, cwd: str | None, input: str) -> str:
+    """For any Bourne shell: `lines`, which may begin with one that says which, then `setup`, then the daemon."""
+    import shlex
+    head = list(lines)
+    if not head or not head[0].startswith("#!"):
+        head.insert(0, "#!/bin/sh")
+    if cwd is not None:
+        head.append(f"cd {shlex.quote(cwd)} || exit")
+    return "\n".join([*head, *_lines(setup), f"exec {python} -c '{_BOOT}' <<'MIRAI'", f"{input}MIRAI", ""])
+
+
+def _lines(text: Any) -> list[str]:
+    """Of text, or a sequence of lines; R's way to write them in a script is indented."""
+    if isinstance(text, str):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    return [str(line) for line in text]
+
+
+def _words(command: Any) -> list[str]:
+    import shlex
+    return shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+
+
+class ssh_config:
+    """Launches daemons by ssh, on machines where key-based login works: `daemons(remote=ssh_config("ssh://node"))`.
+    Nothing has to be installed there but Python 3.9 or newer.
+
+    remotes: `"ssh://user@host:port"`, or a name that ssh knows, or a list of them; the daemons are spread over them, by
+    one ssh for each. tunnel: the connection to this machine goes through ssh as well, for remotes that cannot reach it;
+    the url is on 127.0.0.1. timeout: seconds for ssh to connect. command: ssh, with further options if need be. python:
+    on the remote. setup: shell lines to run before it. cwd: a directory there.
+    """
+
+    default_n: int
+
+    def __init__(self, remotes: str | Sequence[str], tunnel: bool = False, timeout: float = 10, command: str = "ssh",
+                 python: str = "python3", setup: str | Sequence[str] = (), cwd: str | None = None) -> None:
+        self.remotes = [_parse_remote(remote) for remote in ([remotes] if isinstance(remotes, str) else remotes)]
+        if not self.remotes:
+            raise ValueError("remotes is empty: expected 'ssh://user@host:port', or a list of such")
+        self.tunnel, self.timeout, self.command = tunnel, timeout, command
+        self.python, self.setup, self.cwd = python, setup, cwd
+        self.default_n = len(self.remotes)
+        self.patience, self.must_join = timeout + START_TIME, True
+
+    def __repr__(self) -> str:
+        return f"<ssh_config {', '.join(' '.join(remote) for remote in self.remotes)}>"
+
+    def commands(self, n: int, offer: Offer) -> list[Command]:
+        if n < len(self.remotes):
+            raise ValueError(f"n={n} daemons on {len(self.remotes)} remotes: expected one for each at least")
+        found = []
+        for i, remote in enumerate(self.remotes):
+            launcher, share, forward, urls = next(_launchers), len(range(i, n, len(self.remotes))), [], offer.urls
+            if self.tunnel:
+                address = parse_url(offer.urls[0])
+                port = random.SystemRandom().randrange(20000, 32000)        # two tunnels may meet on one remote
+                forward = ["-R", f"127.0.0.1:{port}:127.0.0.1:{address.port}"]
+                urls = [format_url(address._replace(port=port))]
+            options = ("BatchMode=yes", "ExitOnForwardFailure=yes", f"ConnectTimeout={math.ceil(self.timeout)}",
+                       "ServerAliveInterval=10", "ServerAliveCountMax=3")
+            argv = [*_words(self.command), "-T", *itertools.chain.from_iterable(("-o", option) for option in options),
+                    *forward, *remote, "exec /bin/sh -s"]
+            script = shell_script(self.python, (), self.setup, self.cwd, payload(offer._replace(urls=urls), launcher,
+                                                                                 share))
+            found.append(Command(launcher, f"ssh {remote[-1]}", argv, script, share, True))
+        return found
+
+
+def _parse_remote(remote: str) -> list[str]:
+    """As arguments of ssh."""
+    rest = remote[6:] if remote.startswith("ssh://") else remote
+    rest = rest.rstrip("/")
+    host, separator, port = rest.rpartition(":")
+    if not separator or not port.isdigit() or (":" in host and not host.endswith("]")):
+        host, port = rest, ""
+    user, separator, name = host.rpartition("@")
+    name = name.strip("[]")
+    if not name or (user or name).startswith("-") or "/" in name or any(map(str.isspace, rest)):
+        raise ValueError(f"{remote!r}: expected 'ssh://user@host:port', or a name that ssh knows")
+    return [*(["-p", port] if port else []), f"{user}{separator}{name}"]
+
+
+_Scheduler = collections.namedtuple("_Scheduler", "array lines job undo")       # {n}: how many; {}: the job
+_SCHEDULERS = {
+    "sbatch": _Scheduler(("--parsable", "--array=1-{n}"), ("#SBATCH --output=/dev/null",), r"(\d+)", ("scancel", "{}")),
+    "SGE": _Scheduler(("-terse", "-t", "1-{n}"), ("#$ -S /bin/sh", "#$ -o /dev/null", "#$ -j y"), r"(\d+)", ("qdel", "{}")),
+    "PBS": _Scheduler(("-J", "1-{n}"), ("#PBS -o /dev/null", "#PBS -j oe"), r"(\S+)", ("qdel", "{}")),
+    "bsub": _Scheduler(("-J", "mirai[1-{n}]"), ("#BSUB -o /dev/null",), r"<(\d+)>", ("bkill", "{}")),
+}
+_OF_A_JOB = ("SLURM_", "SBATCH_", "SRUN_", "PMI", "PMIX_", "PBS_", "LSB_", "LSF_JOB", "SGE_TASK_", "JOB_ID", "JOB_NAME")
+_OF_THE_SITE = ("SLURM_CONF", "PBS_CONF_FILE", "PBS_SERVER", "PBS_EXEC", "PBS_HOME", "PBS_DEFAULT")
+
+
+def outer_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without what a batch job that this process is part of has there: daemons would take themselves for its steps."""
+    return {name: value for name, value in environ.items() if name != "MIRAI_KEY" and (
+        name in _OF_THE_SITE or not name.startswith(_OF_A_JOB))}
+
+
+class cluster_config:
+    """Launches daemons as one array job of a scheduler: `daemons(100, remote=cluster_config("sbatch"))`. They join as the
+    jobs start; `daemons(0)`, or the end of the host, cancels what is left.
+
+    command: `"sbatch"` (Slurm), `"qsub"` (SGE, PBS) or `"bsub"` (LSF), with further options if need be; `"ssh login sbatch"`
+    works as well. options: lines of the job script, as `"#SBATCH --mem=10G"`; what jobs print is dropped unless they say
+    where to. python, cwd: as the jobs' machines have them. setup: shell lines to run before, as `"module load python"`.
+    """
+
+    default_n, patience, must_join = 1, START_TIME, False
+
+    def __init__(self, command: str = "sbatch", options: str | Sequence[str] = "", python: str = "python3",
+                 setup: str | Sequence[str] = (), cwd: str | None = None) -> None:
+        self.command, self.options, self.python, self.setup, self.cwd = command, options, python, setup, cwd
+        self.kind = os.path.basename((_words(command) or [""])[-1])
+        if self.kind == "qsub":
+            given = "\n".join(_lines(options))
+            sge = "SGE_ROOT" in os.environ or any(os.access(os.path.join(path, "qconf"), os.X_OK)
+                                                  for path in os.get_exec_path())
+            self.kind = "PBS" if "#PBS" in given or not (sge or "#$" in given) else "SGE"
+        if self.kind not in _SCHEDULERS:
+            raise ValueError(f"command={command!r}: expected one that ends in sbatch, qsub or bsub; remote_config() is "
+                             "for others")
+
+    def __repr__(self) -> str:
+        return f"<cluster_config {self.command}>"
+
+    def commands(self, n: int, offer: Offer) -> list[Command]:
+        launcher, scheduler, argv = next(_launchers), _SCHEDULERS[self.kind], _words(self.command)
+        array = () if self.kind == "PBS" and n == 1 else scheduler.array       # there is no array of one
+        script = shell_script(self.python, self._head(scheduler.lines), self.setup, self.cwd, payload(offer, launcher, 1))
+        undo = [*argv[:-1], os.path.join(os.path.dirname(argv[-1]), scheduler.undo[0]), *scheduler.undo[1:]]
+        return [Command(launcher, argv[-1], [*argv, *(part.format(n=n) for part in array)], script, n, False,
+                        scheduler.job, undo)]
+
+    def _head(self, lines: Iterable[str]) -> list[str]:
+        given = _lines(self.options)
+        shell, given = (given[:1], given[1:]) if given and given[0].startswith("#!") else (["#!/bin/sh"], given)
+        return [*shell, *lines, *given]
+
+
+class remote_config:
+    """Launches daemons by any other command that runs one elsewhere and passes its standard input on: `srun`,
+    `docker run -i`, `kubectl run -i`.
+
+    command: the program; None launches nothing. args: its arguments, `"."` where the daemon's command goes; a list of
+    such sequences launches by each of them in turn. python: there. quote: the daemon's command is one argument, quoted
+    for a shell, as ssh needs it.
+    """
+
+    patience, must_join = 10.0, False
+
+    def __init__(self, command: str | None = None, args: Sequence[Any] = ("", "."), python: str = "python3",
+                 quote: bool = False) -> None:
+        self.command, self.python, self.quote = command, python, quote
+        several = not isinstance(args, str) and any(not isinstance(each, str) for each in args)
+        self.args = [list(each) for each in args] if several else [_words(args) if isinstance(args, str) else list(args)]
+        for each in self.args:
+            if "." not in each:
+                raise ValueError(f"args={args!r}: expected '.' among them, where the daemon's command goes")
+        self.default_n = len(self.args)
+
+    def __repr__(self) -> str:
+        return f"<remote_config {self.command}>"
+
+    def commands(self, n: int, offer: Offer) -> list[Command]:
+        import shlex
+        words = [*_words(self.python), "-c", _BOOT]
+        found = []
+        for i in range(n):
+            launcher, argv = next(_launchers), _words(self.command or "")
+            for arg in self.args[i % len(self.args)]:
+                argv += _words(arg) if arg != "." else [shlex.join(words)] if self.quote else words
+            found.append(Command(launcher, argv[0], argv, payload(offer, launcher, 1), 1, True))
+        return found
+
+
+class http_config:
+    """Launches daemons through an HTTP API that runs shell commands elsewhere, one request a daemon.
+
+    url: of the API. method, headers (a mapping), cookie, token (sent as `Authorization: Bearer`): of the request. data:
+    its body, with `%s` where the daemon's command goes, quoted for JSON; or a function of the command. Any of them may be
+    a function, called at the launch. The command is a secret: it holds the profile's key.
+    """
+
+    default_n, patience, must_join = 1, 0.0, False
+
+    def __init__(self, url: Any, method: Any = "POST", headers: Any = None, data: Any = None, cookie: Any = None,
+                 token: Any = None, python: str = "python3", timeout: float = 10) -> None:
+        self.url, self.method, self.headers, self.data, self.cookie, self.token = url, method, headers, data, cookie, token
+        self.python, self.timeout = python, timeout
+
+    def __repr__(self) -> str:
+        return "<http_config>"
+
+    def commands(self, n: int, offer: Offer) -> list[Command]:
+        """Nothing is left to be run: who awaits them is told to."""
+        found = []
+        for _ in range(n):
+            launcher = next(_launchers)
+            self._request(shell_script(self.python, (), (), None, payload(offer, launcher, 1)))
+            found.append(Command(launcher, "http", [], "", 1, False))
+        return found
+
+    def _request(self, command: str) -> None:
+        import urllib.error
+        import urllib.request
+        url, method, headers, cookie, token = [value() if callable(value) else value for value in (
+            self.url, self.method, self.headers, self.cookie, self.token)]
+        body = self.data(command) if callable(self.data) else str(self.data or "%s").replace("%s", json.dumps(command)[1:-1])
+        request = urllib.request.Request(url, body.encode() if isinstance(body, str) else body, dict(headers or {}),
+                                         method=method)
+        if cookie:
+            request.add_header("Cookie", cookie)
+        if token:
+            request.add_header("Authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                answer.read()
+        except urllib.error.HTTPError as error:
+            words = error.read(LAST_WORDS).decode(errors="replace")
+            raise LaunchError(describe_loss(url, f"answered {error.code} {error.reason}", words)) from None
+        except OSError as error:
+            raise LaunchError(f"{url} can't be reached: {error}") from None
+
+
+# ======================================================================
+# 14. Mirai: the future
 # ======================================================================
 # Knows:  outcomes, waiting threads and event loops; its owner, which will resolve it: a lock that all its mirais
 #         share, and what else a `Link` says that a mirai asks for.
@@ -5841,7 +6864,7 @@ class _LoopWaiter:
 
 
 # ======================================================================
-# 14. Link: the host's end of the wire
+# 15. Link: the host's end of the wire
 # ======================================================================
 # Knows:  one connection to a dispatcher, the mirais that are under way on it.
 # Never:  what daemons are, user code.
@@ -5856,6 +6879,19 @@ _callbacks: Any = None      # the queue of the one thread that runs callbacks
 def _run_callbacks(queue: Any) -> None:
     while True:
         queue.get()()
+
+
+def _start_callbacks() -> None:
+    global _callbacks
+    if _callbacks is None:
+        import queue
+        _callbacks = queue.SimpleQueue()
+        threading.Thread(target=_run_callbacks, args=(_callbacks,), name="mirai-callbacks", daemon=True).start()
+
+
+def _log(text: str) -> None:
+    import logging
+    logging.getLogger("mirai").warning("%s", text)
 
 
 class Link:
@@ -5881,6 +6917,7 @@ class Link:
         self.counts = (0, 0, 0, 0, 0)
         self.completed = 0
         self.launch_error: str | None = None    # why launching was given up
+        self.launched: dict[int, Mapping[str, Any]] = {}        # what has become of launchers
         self.closed: str | None = None          # why the link takes no more tasks
         self.reads = 0                          # grows with each read by a waiter: the thread can doze
         self.reader = 0                         # the waiting thread that reads
@@ -6022,6 +7059,11 @@ class Link:
         self.launch_error = None
         self._send(encode_json(Kind.LAUNCH, {"n": n, "spec": spec}))
 
+    def command(self, command: Command, wish: Mapping[str, Any]) -> None:
+        """Has daemons launched elsewhere, or just awaited where there is nothing to run."""
+        self.launch_error = None
+        self._send(encode_json(Kind.COMMAND, {**wish, **command._asdict()}, command.launcher))
+
     # -- reading
 
     def _read(self) -> None:
@@ -6062,6 +7104,12 @@ class Link:
             self.counts = COUNTS.unpack(message.payload)
         elif kind == Kind.NO_LAUNCH:
             self.launch_error = decode_json(message)["text"]
+        elif kind == Kind.LAUNCHED:
+            self.launched[message.id] = decode_json(message)
+        elif kind == Kind.NOTICE:
+            with contextlib.suppress(RuntimeError):     # the interpreter is ending
+                _start_callbacks()
+            self.call_back(functools.partial(_log, decode_json(message)["text"]))
         elif kind == Kind.OUTPUT:
             self.outputs.append((message.flags, message.payload))
         elif kind == Kind.SIZED and m is not None:
@@ -6299,11 +7347,8 @@ class Link:
         self._prompt()
 
     def watched(self, callback: bool) -> None:
-        global _callbacks
-        if callback and _callbacks is None:     # now, as an interpreter that ends can start no thread any more
-            import queue
-            _callbacks = queue.SimpleQueue()
-            threading.Thread(target=_run_callbacks, args=(_callbacks,), name="mirai-callbacks", daemon=True).start()
+        if callback:            # now, as an interpreter that ends can start no thread any more
+            _start_callbacks()
         if not self.eager:
             self.eager = True
             self._prompt()
@@ -6380,7 +7425,7 @@ class Link:
 
 
 # ======================================================================
-# 15. Profiles: daemons, status, the current profile
+# 16. Profiles: daemons, status, the current profile
 # ======================================================================
 # Knows:  dispatchers to start, links, the host's environment; in sync mode, how a task is evaluated.
 # Never:  scheduling rules, frames.       Thread: any; `_setting` is held while a profile is set or reset.
@@ -6430,22 +7475,23 @@ class _Profile(_Settings):
     """A set of daemons: their dispatcher, and the link to it."""
 
     def __init__(self, name: str, url: str | None, key: bytes, serial: Any = None, elastic: bool = False,
-                 direct: bool = False, seed: int | None = None, memory: int | None = None) -> None:
+                 direct: bool = False, seed: int | None = None, memory: int | None = None,
+                 tls: Sequence[str | None] | None = None) -> None:
         super().__init__(seed, serial)
-        self.name, self.direct = name, direct
+        self.name, self.direct, self.key, self.certificate = name, direct, key.hex(), tls and tls[0]
         self.n = 0
         self.nursery = _get_nursery()
         self.dispatcher: Dispatcher | None = None
         spec = {"url": url or local_url(), "key": key.hex(), "elastic": elastic, "direct": direct,
-                "fixed": _fixed_chunk[0]}
+                "fixed": _fixed_chunk[0], "module": __name__, "tls": tls}
         if direct:
-            self.job, self.url, self.dispatcher, sock = self.nursery.start_direct(spec)
+            self.job, self.url, sock, self.dispatcher = self.nursery.start_direct(spec)
         else:
-            self.job, self.url = self.nursery.start(spec)
+            self.job, self.url, sock = self.nursery.start(spec)
         try:
-            connection = Connection(sock) if direct else dial(self.url, key, "host", {})
-            self.link = Link(connection, lambda: self.nursery.describe_end(self.job, 1.0), memory)
+            self.link = Link(Connection(sock), lambda: self.nursery.describe_end(self.job, 1.0), memory)
         except BaseException:
+            sock.close()
             self.nursery.kill(self.job)
             raise
         self.path = import_path()       # what its daemons have: a task is sent the host's where that has changed
@@ -6467,6 +7513,32 @@ class _Profile(_Settings):
         if link.counts[1] < wanted:
             late = f"{n} daemons were not ready within {START_TIME + n:.0f} s"
             raise LaunchError(link.launch_error or link.closed or late)
+
+    def launch_remote(self, n: int, remote: Any, options: Mapping[str, Any]) -> list[str]:
+        """Has n daemons launched elsewhere: the commands. Waits as long as the configuration wants; LaunchError with the
+        words of what failed."""
+        given = {name: value for name, value in options.items() if value != math.inf}
+        if given.get("tlscert"):
+            given["tlscert"] = read_pem(given["tlscert"], "tlscert")
+        commands = remote.commands(n, Offer(reach(parse_url(self.url)), self.key, given))
+        wish = {"env": outer_environment(os.environ), "cwd": os.getcwd()}
+        for command in commands:
+            self.link.command(command, wish)
+        self.n += n
+        self._await_launched(commands, remote)
+        return [_quoted(command.argv) for command in commands if command.argv]
+
+    def _await_launched(self, commands: Sequence[Command], remote: Any) -> None:
+        link, known = self.link, self.link.launched
+        link.wait_for(lambda: all(command.launcher in known for command in commands),
+                      time.monotonic() + remote.patience)
+        failed = [known[command.launcher]["text"] for command in commands
+                  if command.launcher in known and known[command.launcher]["text"]]
+        late = [command.what for command in commands if command.launcher not in known and remote.must_join]
+        if late:
+            failed.append(f"{', '.join(late)}: not all daemons joined within {remote.patience:.0f} s")
+        if failed or link.closed:
+            raise LaunchError("\n".join(failed) or link.closed)
 
     def refresh(self) -> None:
         """For processes still to come, today's environment and directory."""
@@ -6627,7 +7699,7 @@ def _ctrl_c() -> Iterator[list[int]]:
 class _SyncProfile(_Settings):
     """Where there are no daemons, and tasks are evaluated in this process."""
 
-    url, n, direct = "sync", 0, True
+    url, n, direct, certificate = "sync", 0, True, None
 
     def __init__(self, name: str, seed: int | None) -> None:
         super().__init__(seed)
@@ -6767,39 +7839,84 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, remote: Any 
     can't carry, from `serial_config()`; by default what `register_serial()` was given; needs the dispatcher. memory:
     bytes of tasks that may be under way: `mirai()` waits for room, `try_mirai()` gives None. key: what daemons prove
     themselves by, 64 hexadecimal digits or 32 bytes; random by default. compute: the profile, an independent set of
-    daemons; the current one by default. daemon_options: as for `daemon()`. remote, tls, pass_: for other machines,
-    which this version does not reach.
+    daemons; the current one by default. daemon_options: as for `daemon()`.
 
-    Returns when the local daemons are ready: a `Daemons`, true when set, also for `with daemons(2): ...`.
+    remote: what launches daemons on other machines, instead of local ones: from `ssh_config()`, `cluster_config()`,
+    `remote_config()` or `http_config()`; the url is then `host_url(tls=True)` by default. tls: for a url
+    `'tls+tcp://…'` the certificate: a path to PEM with its key, or a pair of PEM texts or paths, certificate (or
+    chain) and key; by default one is made, by the `openssl` command. pass_: the key's password, or a function that
+    returns it.
+
+    Returns when the local daemons, and those by ssh, are ready: a `Daemons`, true when set, also for `with daemons(2): ...`.
     Raises LaunchError, an OSError, with the last words of what could not be started or could not listen at the url;
     TypeError or ValueError for arguments that make no sense; RuntimeError in an item of a map, see `mirai_map()`.
     """
     name = _current.get() if compute is None else compute
     if sync:
-        streams = _SyncProfile(name, seed)
-        return _set(name, lambda: streams, 0)
-    count = _check_n(n, url)
-    if {"remote": remote, "tls": tls, "pass_": pass_} != {"remote": None, "tls": None, "pass_": None}:
-        raise ValueError("remote, tls and pass_ are for other machines, which this version does not reach")
+        settings = _SyncProfile(name, seed)
+        return _set(name, lambda: settings, 0)
+    if n is None or type(n) is int and n == 0:
+        if url is not None and n == 0:
+            raise ValueError("n=0 resets; to listen at a url without local daemons leave n out")
+        _check_options(daemon_options, url, key)
+        return _set(name, None, -1, n is None)
+    if remote is not None and url is None:
+        url = _url_for(remote)
+    count = _check_n(n, url, remote)
     _check_options(daemon_options, url, key)
     _check_budget(memory, seed)
     if serial is not None and not dispatcher:
         raise ValueError("serial needs the dispatcher; register_serial() does without")
-    if url is not None:
-        parse_url(url)
     if count and _here["map"]:
         raise RuntimeError("daemons(n) in an item of a map would start n daemons for each; where that is meant use "
                            "daemons(url=local_url()); launch_local(n)")
     parsed = os.urandom(32) if key is None else parse_key(key)
     make_hooks(serial)          # what is wrong with it is to be said before anything is reset
-    if n == 0 or n is None:
-        return _set(name, None, -1, n is None)
+    pem = _check_tls(url, tls, pass_)
 
     def make() -> _Profile:
-        profile = _new_profile(count, daemon_options, name, url, parsed, serial, False, not dispatcher, seed, memory)
+        profile = _Profile(name, url, parsed, serial, False, not dispatcher, seed, memory, pem)
         profile.given = url, key
-        return profile
+        return _launch_all(profile, count, remote, daemon_options)
     return _set(name, make, count)
+
+
+def _url_for(remote: Any) -> str:
+    """Where daemons elsewhere are to come, and the user has not said."""
+    return local_url(tcp=True) if getattr(remote, "tunnel", False) else host_url(tls=True)
+
+
+def _check_tls(url: str | None, tls: Any, pass_: Any) -> Sequence[str | None] | None:
+    """Certificate, key and password as texts, made now where none are given; None without TLS."""
+    address = parse_url(url) if url is not None else Address("ipc", "", None)
+    if address.scheme != "tls+tcp":
+        if tls is not None or pass_ is not None:
+            raise ValueError("tls and pass_ are for a url 'tls+tcp://…'")
+        return None
+    if tls is None:
+        _import_ssl()
+        hosts = [address.host, *_interfaces().values()] if _is_this_machine(address.host) else [address.host]
+        return [*make_certificate([host for host in hosts if host != "*"] + ["localhost", "127.0.0.1"]), None]
+    pair = [tls, tls] if isinstance(tls, str) else list(tls)
+    if len(pair) != 2:
+        raise ValueError("tls: expected a path, or a pair of PEM texts, certificate and key")
+    password = pass_() if callable(pass_) else pass_
+    cert, private = [read_pem(each, "tls") for each in pair]
+    found = [cert, "" if isinstance(tls, str) else private, password]
+    listener_context(*found)
+    return found
+
+
+def _launch_all(profile: _Profile, n: int, remote: Any, options: Mapping[str, Any]) -> _Profile:
+    try:
+        if remote is not None:
+            profile.launch_remote(n, remote, options)
+        elif n:
+            profile.launch(n, options)
+    except BaseException:
+        profile.close()
+        raise
+    return profile
 
 
 def _set(name: str, make: Callable[[], Any] | None, count: int, all: bool = False) -> Daemons:
@@ -6810,17 +7927,6 @@ def _set(name: str, make: Callable[[], Any] | None, count: int, all: bool = Fals
         if make is not None:
             _profiles[name] = make()
     return Daemons(name, count)
-
-
-def _new_profile(n: int, options: Mapping[str, Any], *settings: Any) -> _Profile:
-    profile = _Profile(*settings)
-    try:
-        if n:
-            profile.launch(n, options)
-    except BaseException:
-        profile.close()
-        raise
-    return profile
 
 
 def _check_options(options: Mapping[str, Any], url: str | None, key: Any) -> None:
@@ -6838,22 +7944,21 @@ def _check_budget(memory: Any, seed: Any) -> None:
         seed_stream(seed)
 
 
-def _check_n(n: Any, url: str | None) -> int:
+def _check_n(n: Any, url: str | None, remote: Any) -> int:
+    if remote is not None and not hasattr(remote, "commands"):
+        raise TypeError(f"remote={remote!r}: expected what ssh_config(), cluster_config(), remote_config() or "
+                        "http_config() returns")
     if n is _MISSING:
         if url is None:
             raise TypeError("daemons() needs a number: daemons(4) sets four local daemons, daemons('auto') as many as "
                             "there are CPUs; daemons(0) resets them, daemons(None) also ends those that would persist")
-        return 0
-    if n is None:
-        return 0
+        return 0 if remote is None else int(remote.default_n)
     if n == "auto":
         return cpu_count()
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n={n!r}: expected an integer, 'auto', or None")
-    if not 0 <= n <= SLOTS:
+    if not 0 < n <= SLOTS:
         raise ValueError(f"n={n}: expected 0 (reset) to {SLOTS} daemons")
-    if n == 0 and url is not None:
-        raise ValueError("n=0 resets; to listen at a url without local daemons leave n out")
     return n
 
 
@@ -6889,6 +7994,59 @@ def launch_local(n: int = 1, *, compute: str | None = None, **daemon_options: An
     return n
 
 
+class _Commands(list):      # type: ignore[type-arg]
+    """Prints ready to paste."""
+
+    def __repr__(self) -> str:
+        return "\n".join(self)
+
+
+def _quoted(words: Iterable[str]) -> str:
+    import shlex
+    return shlex.join(words)
+
+
+def launch_remote(n: int | None = None, remote: Any = None, *, compute: str | None = None,
+                  **daemon_options: Any) -> list[str]:
+    """Adds daemons on other machines to a profile whose url they can reach: n of them (default: one, or one for each
+    remote), by a configuration from `ssh_config()`, `cluster_config()`, `remote_config()` or `http_config()`.
+
+    Without `remote` nothing is launched: the commands are for pasting in a shell there, where this file can be imported
+    as `mirai`. They hold the profile's key, and are a secret. Returns the commands, a list that prints ready to paste.
+    Raises RuntimeError where no daemons are set, LaunchError with the words of what failed, and as `daemons()`.
+    """
+    require_daemons(compute)
+    profile = _find(compute)
+    if isinstance(profile, _SyncProfile):
+        raise RuntimeError("the profile evaluates mirais in this process: it has no daemons")
+    count = _check_n((1 if remote is None else _MISSING) if n is None else n, profile.url, remote)
+    _check_options(daemon_options, *profile.given)
+    if remote is not None and getattr(remote, "command", "") is not None:
+        return _Commands(profile.launch_remote(count, remote, daemon_options))
+    if parse_url(profile.url).scheme == "ipc":
+        raise ValueError("the profile listens for this machine alone: set it with a url=, as daemons(url=host_url())")
+    command = f"echo {profile.key} | {_daemon_command(reach(parse_url(profile.url)), daemon_options)} --key-file -"
+    return _Commands([command] * count)
+
+
+def _daemon_command(urls: Sequence[str], options: Mapping[str, Any]) -> str:
+    """For any shell, C shells included, to which brackets are patterns."""
+    words = ["python3 -m mirai daemon", *(f"'{url}'" for url in urls)]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if name in ("idletime", "walltime", "maxtasks") and value != math.inf:
+            words.append(f"--{flag} {value}")
+        elif name == "autoexit" and value is not True:
+            words.append(f"--autoexit {str(value).lower()}")
+        elif name == "cleanup" and not value:
+            words.append("--no-cleanup")
+        elif name in ("output", "asyncdial") and value:
+            words.append(f"--{flag}")
+        elif name == "tlscert" and value is not None:
+            words.append(f"--tlscert '{value}'")
+    return " ".join(words)
+
+
 def nextstream(compute: str | None = None) -> list[int] | None:
     """The profile's next random stream, as R's `.Random.seed` has it (seven integers), which also advances it; None
     where no daemons are set. For those who start daemons in ways of their own: `daemon(rs=)` takes it."""
@@ -6898,12 +8056,14 @@ def nextstream(compute: str | None = None) -> list[int] | None:
 
 def nextget(x: str, compute: str | None = None) -> Any:
     """An item of a profile, None where there is none: `"n"` (daemons launched), `"url"` (which they dial),
-    `"dispatcher"` (the same, where there is one), `"tls"`."""
+    `"dispatcher"` (the same, where there is one), `"tls"` (the listener's certificate, in PEM)."""
     if x not in ("n", "url", "dispatcher", "tls"):
         raise ValueError(f"x={x!r}: expected 'n', 'url', 'dispatcher' or 'tls'")
     profile = _find(compute)
-    if profile is None or x == "tls":
+    if profile is None:
         return None
+    if x == "tls":
+        return profile.certificate
     return profile.n if x == "n" else None if x == "dispatcher" and profile.direct else profile.url
 
 
@@ -6980,7 +8140,7 @@ def local_daemons(compute: str) -> None:
 
 
 # ======================================================================
-# 16. mirai, map, collect: the verbs
+# 17. mirai, map, collect: the verbs
 # ======================================================================
 # Knows:  profiles, mirais.
 # Never:  sockets, messages.
@@ -7727,7 +8887,7 @@ def _clock(seconds: float) -> str:
 
 
 # ======================================================================
-# 17. Command line: daemon, demo
+# 18. Command line: daemon, demo
 # ======================================================================
 # Knows:  all of the above.
 # Never:  anything that a caller of the module could not do as well.
@@ -7746,7 +8906,8 @@ def main(arguments: Sequence[str]) -> int:
     serve = commands.add_parser("daemon", help="serve a dispatcher", description=(
         "Serve the dispatcher at URL. Exit status: 0 the connection ended, 1 idle time, 2 wall time, 3 maximum of "
         "tasks; 64 usage, 69 nobody listens there, 77 refused."))
-    serve.add_argument("url", metavar="URL", help="as status()['daemons'] shows it")
+    serve.add_argument("url", metavar="URL", nargs="+", help=(
+        "as status()['daemons'] shows it; of several addresses of one listener the first that answers"))
     serve.add_argument("-n", type=int, default=1, help="how many daemons to start here (1)")
     for name, text in (("idletime", "end after so many seconds without a task"),
                        ("walltime", "end after so many seconds"), ("maxtasks", "end after so many tasks")):
@@ -7756,35 +8917,66 @@ def main(arguments: Sequence[str]) -> int:
     serve.add_argument("--no-cleanup", dest="cleanup", action="store_false", help="keep what tasks change")
     serve.add_argument("--output", action="store_true", help="show what tasks print")
     serve.add_argument("--asyncdial", action="store_true", help="try until somebody listens there")
+    serve.add_argument("--tlscert", help="a PEM file, of the certificate or authority that the listener must have")
     serve.add_argument("--rs", type=int, nargs=7, help="the random stream to begin with, as nextstream() gives")
     serve.add_argument("--key-file", help="a file with the profile's key, 64 hexadecimal digits; '-': standard input")
-    commands.add_parser("demo", help="measure the standard library on daemons, and show what else there is")
+    demo = commands.add_parser("demo", help="measure the standard library on daemons, and show what else there is")
+    demo.add_argument("--url", help="where the daemons dial, as tls+tcp://127.0.0.1:0")
     options = parser.parse_args(arguments)
-    return _demo() if options.command == "demo" else _serve(options)
+    return _demo(options.url) if options.command == "demo" else _serve(options)
 
 
 def _serve(options: Any) -> int:
-    limits = {name: getattr(options, name) for name in ("cleanup", "output", "asyncdial", "rs", *_LIMITS)}
-    limits["autoexit"] = {"true": True, "none": None, "false": False}[options.autoexit]
+    given = {name: getattr(options, name) for name in ("cleanup", "output", "asyncdial", "rs", "tlscert", *_LIMITS)}
+    given["autoexit"] = {"true": True, "none": None, "false": False}[options.autoexit]
     try:
-        parse_url(options.url)
-        check_daemon_options(limits)
+        for url in options.url:
+            parse_url(url)
+        check_daemon_options(given)
         if options.n < 1:
             raise ValueError(f"-n {options.n}: expected 1 or more")
-        key = _read_key_file(options.key_file) if options.key_file else find_key(options.url)
+        key = _read_key_file(options.key_file) if options.key_file else find_key(*options.url)
     except Refused as error:
         return _complain(error, EX_NOPERM)
     except (ValueError, OSError) as error:
         return _complain(error, EX_USAGE)
-    if options.n == 1:
-        return _serve_one(options.url, limits, key)
+    return _several(options.n, lambda: _serve_one(lambda: daemon(options.url, key=key, **given), given["output"]))
+
+
+def serve_launched(about: Mapping[str, Any]) -> int:
+    """The life of daemons that a launcher has sent this file to; see `payload()`."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    options = _daemon_options(about["options"], random_stream())
+
+    def serve() -> int:
+        patient = functools.partial(dial, about["urls"], bytes.fromhex(about["key"]), "daemon", tlscert=options.cert)
+        hello = {"launch": about["launch"]}
+        connection = _dial_patiently(patient, hello, time.monotonic() + DIAL_TIME, ConnectionError) or patient(hello)
+        return _serve_from(connection, patient, options)
+    return _several(about["n"], lambda: _serve_one(serve, options.output))
+
+
+def _several(n: int, serve: Callable[[], int]) -> int:
+    """In n processes, which a SIGTERM to this one ends as well; the largest of their statuses."""
+    if n == 1:
+        return serve()
     children = []
-    for _ in range(options.n):
+    for _ in range(n):
         pid = os.fork()
         if pid == 0:
-            return _serve_one(options.url, limits, key)
+            return serve()
         children.append(pid)
-    return max(_wait_for(pid) for pid in children)
+
+    def end(signum: int, frame: Any) -> None:
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+    signal.signal(signal.SIGTERM, end)
+    statuses = [_wait_for(pid) for pid in children]
+    return max(statuses, key=abs)
 
 
 def _wait_for(pid: int) -> int:
@@ -7793,15 +8985,15 @@ def _wait_for(pid: int) -> int:
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _serve_one(url: str, limits: Mapping[str, Any], key: bytes) -> int:
+def _serve_one(serve: Callable[[], int], output: bool) -> int:
     try:
-        if not limits["output"]:
+        if not output:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # what tasks print is dropped
-        return daemon(url, key=key, **limits)
+        return serve()
     except Refused as error:
         return _complain(error, EX_NOPERM)
     except OSError as error:
-        return _complain(f"can't reach {url}: {error}", EX_UNAVAILABLE)
+        return _complain(f"can't reach the host: {error}", EX_UNAVAILABLE)
     except KeyboardInterrupt:
         return 130
 
@@ -7823,7 +9015,7 @@ def _read_key_file(path: str) -> bytes:
 _DEMO_BYTES = 8 << 20       # of source: a few seconds on one core
 
 
-def _demo() -> int:
+def _demo(url: str | None = None) -> int:
     n = max(2, cpu_count())
     files = _demo_files()
     print(f"The longest functions of this Python's standard library: {len(files)} files, "
@@ -7831,7 +9023,7 @@ def _demo() -> int:
     start = time.perf_counter()
     alone = [_longest_functions(path) for path in files]
     sequential = time.perf_counter() - start
-    with daemons(n):
+    with daemons(n, url):
         start = time.perf_counter()
         found = mirai_map(files, _longest_functions).results(progress=None)
         parallel = time.perf_counter() - start
