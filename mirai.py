@@ -154,7 +154,7 @@ LARGE = 1 << 16             # bytes; from here on what a function reads is sent 
 KEPT_DEFINITIONS = 64 << 20     # bytes of them that no task needs now: the next may, and else they are sent again
 LINK_TIME = 30.0            # seconds without an answer of its kernel after which a peer on another machine is gone
 LISTEN_BACKLOG = 1024       # connections that the kernel holds while a dispatcher is busy
-STRANGER_TIME = 1.0         # seconds that an unproven connection has for itself before it may have to make room
+STRANGER_TIME = 0.5         # seconds that an unproven connection has for itself before it may have to make room
 PENDING_TIME = 60.0         # seconds that tasks wait for a first daemon before the host hears of it
 EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_NOPERM = 64, 69, 70, 77      # of sysexits.h
 CO_COROUTINE = 0x80         # in a code object's flags; `inspect` has it, but is slow to import
@@ -4421,6 +4421,7 @@ class Dispatcher:
 
     def _greet(self, peer: _Peer, message: Message) -> None:
         assert peer.shake is not None
+        peer.since = time.monotonic()
         answer, about = peer.shake.receive(message), peer.shake.peer
         if peer.shake.done:
             role, slot, serial = about["role"], about.get("slot"), about.get("serial") or -1
