@@ -113,11 +113,12 @@ else:
 __version__ = "0.1.0"
 __all__ = [
     "ErrorValue", "LaunchError", "Mirai", "MiraiCancelled", "MiraiConnectionReset", "MiraiError", "MiraiInterrupt",
-    "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "cluster_config", "collect_mirai", "daemon", "daemons", "daemons_set",
-    "dumps", "everywhere", "host_url", "http_config", "info", "is_error_value", "is_mirai", "is_mirai_error", "is_mirai_interrupt",
-    "is_mirai_map", "launch_local", "launch_remote", "loads", "local_daemons", "local_url", "mirai", "mirai_map", "nextcode",
-    "nextget", "nextstream", "on_daemon", "race_mirai", "register_serial", "remote_config", "require_daemons", "serial_config", "ssh_config",
-    "status", "stop_mirai", "try_mirai", "unresolved", "with_daemons",
+    "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "cluster_config", "collect_mirai", "daemon", "daemons",
+    "daemons_set", "dumps", "everywhere", "host_url", "http_config", "info", "is_error_value", "is_mirai",
+    "is_mirai_error", "is_mirai_interrupt", "is_mirai_map", "launch_local", "launch_remote", "loads",
+    "local_daemons", "local_url", "mirai", "mirai_map", "nextcode", "nextget", "nextstream", "on_daemon",
+    "race_mirai", "register_serial", "remote_config", "require_daemons", "serial_config", "ssh_config", "status",
+    "stop_mirai", "try_mirai", "unresolved", "with_daemons",
 ]
 
 
@@ -470,7 +471,7 @@ class Kind:
     SIGNAL = 33             # dispatcher -> nursery: {slot, pid, signal}
     ENDED = 34              # nursery -> dispatcher, host: {slot, pid, status, words}
     OUTPUT = 35             # nursery -> dispatcher -> host: what tasks wrote; flags: 1, 2, the descriptor; no JSON
-    COMMAND = 36            # host -> dispatcher -> nursery: one that launches n daemons; back: how it ended; id: its own
+    COMMAND = 36            # host -> dispatcher -> nursery: launches n daemons; back: how it ended; id: its own
     LAUNCHED = 37           # dispatcher -> host: what has become of that {joined, status, words}
     NOTICE = 38             # dispatcher -> host: payload JSON {text}: for the log
 
@@ -3203,7 +3204,8 @@ Address = collections.namedtuple("Address", "scheme host port")     # ipc: host 
 
 
 def parse_url(url: str) -> Address:
-    """`ipc:///path`, `tcp://host:port`, `tls+tcp://[v6]:port`; ValueError says what is wrong, and what would be right."""
+    """`ipc:///path`, `tcp://host:port`, `tls+tcp://[v6]:port`; ValueError says what is wrong, and what would be
+    right."""
     right = "expected 'tcp://host:5555' (port 0: a free one), 'tls+tcp://[::1]:5555' or 'ipc:///path'"
     if not isinstance(url, str):
         raise TypeError(f"a URL is a str, not {type(url).__name__}: {right}")
@@ -3466,7 +3468,8 @@ def keep_alive(sock: socket.socket) -> None:
 
 def is_cut(sock: socket.socket) -> bool:
     """Whether what was sent has gone without any answer for LINK_TIME: then the kernel asks nothing, but sends it again
-    for a quarter of an hour. A peer that is stopped, and takes no more, still answers: TCP_USER_TIMEOUT would end it."""
+    for a quarter of an hour. A peer that is stopped, and takes no more, still answers: TCP_USER_TIMEOUT would end
+    it."""
     if not hasattr(socket, "TCP_INFO"):
         return False
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
@@ -3676,8 +3679,8 @@ class SealedChannel:
 
 
 class TLSChannel:
-    """TLS in memory: what is read from the socket goes in, what is to be sent comes out. Two threads may use it, one for
-    each direction; what TLS itself has to say after the handshake goes with what is sent next."""
+    """TLS in memory: what is read from the socket goes in, what is to be sent comes out. Two threads may use it, one
+    for each direction; what TLS itself has to say after the handshake goes with what is sent next."""
 
     def __init__(self, context: Any, host: str | None = None) -> None:
         """`host`: who is dialed; None: this side listens."""
@@ -3811,8 +3814,8 @@ def make_certificate(hosts: Sequence[str]) -> tuple[str, str]:
                 subprocess.run(["openssl", *command], check=True, timeout=CLOSE_TIME, stdin=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             except FileNotFoundError:
-                raise OSError(errno.ENOENT, "no openssl command here, which makes the certificates for tls+tcp://; give "
-                              "tls=, or use ssh_config(tunnel=True), which needs none") from None
+                raise OSError(errno.ENOENT, "no openssl command, which makes certificates for tls+tcp://; give tls=, or "
+                              "use ssh_config(tunnel=True), which needs none") from None
             except subprocess.SubprocessError as error:
                 words = getattr(error, "stderr", None) or error
                 raise OSError(errno.EIO, f"openssl {command[0]} failed: {str(words).strip()}") from None
@@ -3880,8 +3883,8 @@ class DialerHandshake(_Transcript):
 
 
 class ListenerHandshake(_Transcript):
-    """The listening side, fed a stranger's messages. `peer` is what its hello said, to be believed once `done`. `terms`:
-    what is said to it, `seal` among it."""
+    """The listening side, fed a stranger's messages. `peer` is what its hello said, to be believed once `done`.
+    `terms`: what is said to it, `seal` among it."""
 
     def __init__(self, key: bytes, terms: Mapping[str, Any] | None = None, certificate: bytes = b"") -> None:
         super().__init__(key)
@@ -3933,7 +3936,9 @@ def dial(urls: str | Sequence[str], key: bytes, role: str, about: Mapping[str, A
     if len(errors) == 1:
         raise errors[0][1]
     text = "; ".join(f"{format_url(address)}: {error}" for address, error in errors)
-    raise next((type(error)(text) for _, error in errors if isinstance(error, Refused)), OSError(errno.EHOSTUNREACH, text))
+    if any(isinstance(error, Refused) for _, error in errors):
+        raise Refused(text)
+    raise OSError(errno.EHOSTUNREACH, text)
 
 
 def _connected(addresses: Sequence[Address], deadline: float, errors: list[tuple[Address, Exception]]) -> Iterator[
@@ -4346,15 +4351,16 @@ class Dispatcher:
         self._at(0.1, self._listen)
 
     def _accept(self) -> None:
+        if not self._has_room():
+            self._listen_later()
+            return
         try:
-            if self._has_room():
-                sock, _ = self.listener.accept()
-            else:
-                return self._listen_later()
+            sock, _ = self.listener.accept()
         except BlockingIOError:
             return
         except OSError:                             # no descriptors left
-            return self._listen_later()
+            self._listen_later()
+            return
         sock.setblocking(False)
         peer = _Peer(next(self.numbers), Connection(sock, Decoder(STRANGER_LIMIT)), ListenerHandshake(self.key))
         if self.address.scheme != "ipc":
@@ -4613,8 +4619,8 @@ class Dispatcher:
     def _tell_alone(self) -> None:
         self.alone = False
         if self.core.queued > 0 and not self.core.daemons and not self.core.launching:
-            self._notice(f"tasks have waited for {PENDING_TIME:.0f} s at {format_url(self.address)}, where no daemon is "
-                         f"connected; {self.core.expected or 'none'} are being launched")
+            self._notice(f"tasks have waited for {PENDING_TIME:.0f} s, and no daemon is connected at "
+                         f"{format_url(self.address)}; {self.core.expected or 'none'} are being launched")
 
     def _release(self, unit: int) -> None:
         """A frame goes once nobody wants an outcome of it; those of `everywhere` calls are there for newcomers."""
@@ -4931,7 +4937,8 @@ class Dispatcher:
 
 # What this process is and does: is a daemon, one that a nursery began; evaluates a task in sync mode, an item of a map
 _here: dict[str, Any] = {"daemon": False, "launched": False, "slot": None, "evaluating": False, "map": False}
-DaemonOptions = collections.namedtuple("DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output cert")
+DaemonOptions = collections.namedtuple(
+    "DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output cert")
 _LIMITS = ("idletime", "walltime", "maxtasks")
 _SWITCHES = ("asyncdial", "cleanup", "output", "dispatcher", "forward_imports")
 
@@ -4948,17 +4955,18 @@ def daemon(url: str | Sequence[str], *, dispatcher: bool = True, asyncdial: bool
     """Serves the dispatcher (or host) at `url` until one side ends it; call it in the main thread of a process of its
     own.
 
-    url: one, or several addresses of one listener, which are tried at once. dispatcher: for the record; whoever listens at the url is served. asyncdial: where nobody listens yet, try until
-    somebody does. autoexit: True ends with the connection, a running task 200 ms later; None lets that finish first;
-    False dials the url again, for a next host. cleanup: after each task (once per chunk of a map) the names that it
-    assigned in its namespace, sys.path, the environment, the working directory and the warnings filters are as they
-    were; what `everywhere()` did stays. output: whether what tasks print is shown (local daemons of a host: there).
-    idletime, walltime: seconds without a task, and in all, after which it ends (what runs is finished first).
-    maxtasks: tasks after which it ends. tlscert: PEM text or its path, of the certificate or authority by which the
-    listener's certificate and host name are verified; by default the key alone says that it is the right one. rs: the random stream it begins with, as `nextstream()` gives. kill_after: for
-    the host's own local daemons, seconds after which one that does not give back a cancelled task is killed. key: the
-    profile's, 64 hexadecimal digits or 32 bytes; by default MIRAI_KEY or, for a profile of the same user, its key
-    file.
+    url: one, or several addresses of one listener, which are tried at once. dispatcher: for the record; whoever listens
+    at the url is served. asyncdial: where nobody listens yet, try until somebody does. autoexit: True ends with the
+    connection, a running task 200 ms later; None lets that finish first; False dials the url again, for a next host.
+    cleanup: after each task (once per chunk of a map) the names that it assigned in its namespace, sys.path, the
+    environment, the working directory and the warnings filters are as they were; what `everywhere()` did stays. output:
+    whether what tasks print is shown (local daemons of a host: there). idletime, walltime: seconds without a task, and
+    in all, after which it ends (what runs is finished first). maxtasks: tasks after which it ends. tlscert: PEM text or
+    its path, of the certificate or authority by which the listener's certificate and host name are verified; by default
+    the key alone says that it is the right one. rs: the random stream it begins with, as `nextstream()` gives.
+    kill_after: for the host's own local daemons, seconds after which one that does not give back a cancelled task is
+    killed. key: the profile's, 64 hexadecimal digits or 32 bytes; by default MIRAI_KEY or, for a profile of the same
+    user, its key file.
 
     Returns 0 (connection ended), 1 (idletime), 2 (walltime) or 3 (maxtasks), see `nextcode()`. Raises OSError where the
     url can't be reached, `Refused` where either side refuses the other.
@@ -6402,7 +6410,8 @@ def _parse_remote(remote: str) -> list[str]:
 _Scheduler = collections.namedtuple("_Scheduler", "array lines job undo")       # {n}: how many; {}: the job
 _SCHEDULERS = {
     "sbatch": _Scheduler(("--parsable", "--array=1-{n}"), ("#SBATCH --output=/dev/null",), r"(\d+)", ("scancel", "{}")),
-    "SGE": _Scheduler(("-terse", "-t", "1-{n}"), ("#$ -S /bin/sh", "#$ -o /dev/null", "#$ -j y"), r"(\d+)", ("qdel", "{}")),
+    "SGE": _Scheduler(("-terse", "-t", "1-{n}"), ("#$ -S /bin/sh", "#$ -o /dev/null", "#$ -j y"), r"(\d+)",
+                      ("qdel", "{}")),
     "PBS": _Scheduler(("-J", "1-{n}"), ("#PBS -o /dev/null", "#PBS -j oe"), r"(\S+)", ("qdel", "{}")),
     "bsub": _Scheduler(("-J", "mirai[1-{n}]"), ("#BSUB -o /dev/null",), r"<(\d+)>", ("bkill", "{}")),
 }
@@ -6417,12 +6426,13 @@ def outer_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class cluster_config:
-    """Launches daemons as one array job of a scheduler: `daemons(100, remote=cluster_config("sbatch"))`. They join as the
-    jobs start; `daemons(0)`, or the end of the host, cancels what is left.
+    """Launches daemons as one array job of a scheduler: `daemons(100, remote=cluster_config("sbatch"))`. They join as
+    the jobs start; `daemons(0)`, or the end of the host, cancels what is left.
 
-    command: `"sbatch"` (Slurm), `"qsub"` (SGE, PBS) or `"bsub"` (LSF), with further options if need be; `"ssh login sbatch"`
-    works as well. options: lines of the job script, as `"#SBATCH --mem=10G"`; what jobs print is dropped unless they say
-    where to. python, cwd: as the jobs' machines have them. setup: shell lines to run before, as `"module load python"`.
+    command: `"sbatch"` (Slurm), `"qsub"` (SGE, PBS) or `"bsub"` (LSF), with further options if need be; `"ssh login
+    sbatch"` works as well. options: lines of the job script, as `"#SBATCH --mem=10G"`; what jobs print is dropped
+    unless they say where to. python, cwd: as the jobs' machines have them. setup: shell lines to run before, as
+    `"module load python"`.
     """
 
     default_n, patience, must_join = 1, START_TIME, False
@@ -6446,7 +6456,8 @@ class cluster_config:
     def commands(self, n: int, offer: Offer) -> list[Command]:
         launcher, scheduler, argv = next(_launchers), _SCHEDULERS[self.kind], _words(self.command)
         array = () if self.kind == "PBS" and n == 1 else scheduler.array       # there is no array of one
-        script = shell_script(self.python, self._head(scheduler.lines), self.setup, self.cwd, payload(offer, launcher, 1))
+        head, input = self._head(scheduler.lines), payload(offer, launcher, 1)
+        script = shell_script(self.python, head, self.setup, self.cwd, input)
         undo = [*argv[:-1], os.path.join(os.path.dirname(argv[-1]), scheduler.undo[0]), *scheduler.undo[1:]]
         return [Command(launcher, argv[-1], [*argv, *(part.format(n=n) for part in array)], script, n, False,
                         scheduler.job, undo)]
@@ -6472,9 +6483,10 @@ class remote_config:
                  quote: bool = False) -> None:
         self.command, self.python, self.quote = command, python, quote
         several = not isinstance(args, str) and any(not isinstance(each, str) for each in args)
-        self.args = [list(each) for each in args] if several else [_words(args) if isinstance(args, str) else list(args)]
-        for each in self.args:
-            if "." not in each:
+        each = args if several else [_words(args)]
+        self.args = [list(arguments) for arguments in each]
+        for arguments in self.args:
+            if "." not in arguments:
                 raise ValueError(f"args={args!r}: expected '.' among them, where the daemon's command goes")
         self.default_n = len(self.args)
 
@@ -6497,15 +6509,16 @@ class http_config:
     """Launches daemons through an HTTP API that runs shell commands elsewhere, one request a daemon.
 
     url: of the API. method, headers (a mapping), cookie, token (sent as `Authorization: Bearer`): of the request. data:
-    its body, with `%s` where the daemon's command goes, quoted for JSON; or a function of the command. Any of them may be
-    a function, called at the launch. The command is a secret: it holds the profile's key.
+    its body, with `%s` where the daemon's command goes, quoted for JSON; or a function of the command. Any of them may
+    be a function, called at the launch. The command is a secret: it holds the profile's key.
     """
 
     default_n, patience, must_join = 1, 0.0, False
 
     def __init__(self, url: Any, method: Any = "POST", headers: Any = None, data: Any = None, cookie: Any = None,
                  token: Any = None, python: str = "python3", timeout: float = 10) -> None:
-        self.url, self.method, self.headers, self.data, self.cookie, self.token = url, method, headers, data, cookie, token
+        self.url, self.method, self.headers, self.data = url, method, headers, data
+        self.cookie, self.token = cookie, token
         self.python, self.timeout = python, timeout
 
     def __repr__(self) -> str:
@@ -6525,7 +6538,8 @@ class http_config:
         import urllib.request
         url, method, headers, cookie, token = [value() if callable(value) else value for value in (
             self.url, self.method, self.headers, self.cookie, self.token)]
-        body = self.data(command) if callable(self.data) else str(self.data or "%s").replace("%s", json.dumps(command)[1:-1])
+        quoted = json.dumps(command)[1:-1]
+        body = self.data(command) if callable(self.data) else str(self.data or "%s").replace("%s", quoted)
         request = urllib.request.Request(url, body.encode() if isinstance(body, str) else body, dict(headers or {}),
                                          method=method)
         if cookie:
@@ -7516,8 +7530,8 @@ class _Profile(_Settings):
             raise LaunchError(link.launch_error or link.closed or late)
 
     def launch_remote(self, n: int, remote: Any, options: Mapping[str, Any]) -> list[str]:
-        """Has n daemons launched elsewhere: the commands. Waits as long as the configuration wants; LaunchError with the
-        words of what failed."""
+        """Has n daemons launched elsewhere: the commands. Waits as long as the configuration wants; LaunchError with
+        the words of what failed."""
         given = {name: value for name, value in options.items() if value != math.inf}
         if given.get("tlscert"):
             given["tlscert"] = read_pem(given["tlscert"], "tlscert")
@@ -7848,9 +7862,9 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, remote: Any 
     chain) and key; by default one is made, by the `openssl` command. pass_: the key's password, or a function that
     returns it.
 
-    Returns when the local daemons, and those by ssh, are ready: a `Daemons`, true when set, also for `with daemons(2): ...`.
-    Raises LaunchError, an OSError, with the last words of what could not be started or could not listen at the url;
-    TypeError or ValueError for arguments that make no sense; RuntimeError in an item of a map, see `mirai_map()`.
+    Returns when the local daemons, and those by ssh, are ready: a `Daemons`, true when set, also for `with daemons(2):
+    ...`. Raises LaunchError, an OSError, with the last words of what could not be started or could not listen at the
+    url; TypeError or ValueError for arguments that make no sense; RuntimeError in an item of a map, see `mirai_map()`.
     """
     name = _current.get() if compute is None else compute
     if sync:
