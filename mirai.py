@@ -157,6 +157,8 @@ LINK_TIME = 30.0            # seconds without an answer of its kernel after whic
 LISTEN_BACKLOG = 1024       # connections that the kernel holds while a dispatcher is busy
 STRANGER_TIME = 0.5         # seconds that an unproven connection has for itself before it may have to make room
 PENDING_TIME = 60.0         # seconds that tasks wait for a first daemon before the host hears of it
+FETCH_TIME = 60.0           # seconds for what a daemon asks of its host
+FORWARDED_BYTES = 1 << 28   # of a project's package, with its data, that goes to daemons elsewhere
 EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_NOPERM = 64, 69, 70, 77      # of sysexits.h
 CO_COROUTINE = 0x80         # in a code object's flags; `inspect` has it, but is slow to import
 SLOT_SIZE = 8192            # bytes of the shared page per local daemon: more only matters to outcomes that are larger
@@ -474,6 +476,8 @@ class Kind:
     COMMAND = 36            # host -> dispatcher -> nursery: launches n daemons; back: how it ended; id: its own
     LAUNCHED = 37           # dispatcher -> host: what has become of that {joined, status, words}
     NOTICE = 38             # dispatcher -> host: payload JSON {text}: for the log
+    WANT = 39               # daemon -> dispatcher -> host: payload JSON, see `provide()`; id: the request
+    GIVE = 40               # host -> dispatcher -> daemon: the same id; payload: GIVEN, what it is, or MISSING, why
 
 
 HEADER = struct.Struct("<QBBHQ")    # payload length, wire version, kind, flags, id
@@ -485,6 +489,7 @@ RESULTS_HEAD = struct.Struct("<QIId")   # position and index of the first, how m
 KIND_AT = 9                         # of a frame's bytes, the kind
 FRESH, REPLAY = 1, 2                # what comes is meant, though the daemon had stopped; nobody waits for the answer
 FAILED = 1
+GIVEN, MISSING = b"+", b"-"
 TOGETHER, APART = b"t", b"a"        # several things in one serialization, or each in its own behind their lengths
 
 
@@ -1055,9 +1060,7 @@ def _dump_code(code: types.CodeType) -> bytes:
 
 def _load_code(tag: str, data: bytes) -> types.CodeType:
     if tag != sys.implementation.cache_tag:
-        raise pickle.UnpicklingError(
-            f"code that was compiled by {tag} can't run on {sys.implementation.cache_tag}: use the same Python on both "
-            "sides, or put the function in a module that both can import")
+        raise _versions_differ(tag, "it has no source of its own")
     code: types.CodeType = marshal.loads(data)
     if sys.version_info < (3, 11):
         code = _with_sets(code, lambda x: frozenset(x[1:]) if type(x) is tuple and x[:1] == ("\0set",) else x)
@@ -1181,16 +1184,21 @@ def _attributes_of(f: types.FunctionType) -> dict[str, Any]:
 def _make_function(ref: bytes, cells: tuple[types.CellType, ...] | None, scope: Any) -> types.FunctionType:
     known = _codes.get(ref)
     if known is None:
-        tag, code, *about = marshal.loads(_definition(ref))
+        blob = _definition(ref)
+        tag, code, *about = marshal.loads(blob)
         if len(_codes) >= CACHED_CODES:
             _codes.clear()
-        known = _codes[ref] = _load_code(tag, code), *about
+        same = tag == sys.implementation.cache_tag
+        known = _codes[ref] = _load_code(tag, code) if same else _code_by_source(tag, hash_of(blob)), *about
     code, module, name, qualname, doc, package = known
     space = scope if type(scope) is dict else _namespace(scope)
     if "__builtins__" not in space:
         space["__builtins__"] = builtins
     if package is not None and "__package__" not in space:
         space["__package__"] = package
+    if type(code) is tuple:         # by source, whose free variables another version may have in another order
+        code, order = code
+        cells = cells and tuple(cells[i] for i in order)
     f = types.FunctionType(code, space, name, None, cells)
     f.__module__, f.__qualname__, f.__doc__ = module, qualname, doc
     return f
@@ -1961,6 +1969,171 @@ def received_hooks(hash: bytes | None) -> dict[type, Any] | None:
     if hash is not None and hash not in _hooks_here:
         _hooks_here[hash] = _hooks_of(SerialConfig(*loads(_definition(hash))))
     return None if hash is None else _hooks_here[hash]
+
+
+# -- what a daemon lacks, and its host has: its own modules, source where the Python versions differ
+
+SUPPLY: list[Callable[[dict[str, str]], bytes]] = []        # on a daemon: asks its host; LookupError with a reason
+
+
+def provide(wish: Mapping[str, Any]) -> bytes:
+    """On the host: `{"module": name}`, a zip of a top-level module of the user's; `{"source": hash}`, where a
+    definition stands. LookupError says why not."""
+    if "module" in wish:
+        return _zip_module(str(wish["module"]))
+    return json.dumps(_source_of(bytes.fromhex(str(wish["source"])))).encode()
+
+
+def _zip_module(name: str) -> bytes:
+    import zipfile
+    files = _project_files(name)
+    if not files:
+        raise LookupError("")
+    if sum(os.path.getsize(path) for _, path in files) > FORWARDED_BYTES:
+        raise LookupError(f"the package {name} has more than {FORWARDED_BYTES >> 20} MiB, too much to be sent: install "
+                          "it where the daemon runs")
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
+        for inside, path in files:
+            if not path.endswith(_EXTENSIONS):
+                writer.write(path, inside)
+                continue
+            module = inside.split(".")[0].replace("/", ".")
+            why = (f"{module} is a C extension, which can't be sent to a daemon: install {name} where that runs, with "
+                   "its own Python")
+            writer.writestr(inside.split(".")[0] + ".py", f"raise ImportError({why!r}, name={module!r})\n")
+    return archive.getvalue()
+
+
+_EXTENSIONS = (".so", ".pyd", ".dylib")
+
+
+def _project_files(name: str) -> list[tuple[str, str]]:
+    """Of a top-level module that is the user's own, neither Python's nor installed: names in an archive, and paths."""
+    import importlib.util
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    if spec is None or spec.origin in ("built-in", "frozen"):
+        return []
+    found = []
+    for place in map(os.path.abspath, spec.submodule_search_locations or ()):
+        if _is_installed(place):
+            continue
+        for directory, folders, names in os.walk(place):
+            folders[:] = [folder for folder in folders if folder != "__pycache__" and not folder.startswith(".")]
+            inside = os.path.normpath(os.path.join(name, os.path.relpath(directory, place))).replace(os.sep, "/")
+            found.append((f"{inside}/", directory))         # by which it can be a namespace
+            found += [(f"{inside}/{each}", os.path.join(directory, each)) for each in sorted(names)
+                      if not each.endswith(".pyc")]
+    if spec.origin and not spec.submodule_search_locations and not _is_installed(spec.origin):
+        found.append((name + os.path.splitext(spec.origin)[1], spec.origin))
+    return found
+
+
+def _is_installed(path: str) -> bool:
+    """With Python, or beside it."""
+    import sysconfig
+    path = os.path.realpath(path)
+    places = {os.path.realpath(place) for place in (*sysconfig.get_paths().values(), os.path.dirname(os.__file__))}
+    if os.path.commonpath([path, os.path.realpath(sys.prefix)]) == os.path.realpath(sys.prefix) and (
+            os.path.realpath(sys.prefix) != os.path.realpath(os.getcwd())):
+        places.add(os.path.join(os.path.realpath(sys.prefix), "lib"))
+    return bool({"site-packages", "dist-packages"}.intersection(path.split(os.sep))) or any(
+        path.startswith(place + os.sep) for place in places)
+
+
+def _source_of(hash: bytes) -> dict[str, Any]:
+    """Where the code of a definition stands in the text of its file, if compiling that gives this very code."""
+    import linecache
+    code = next((known.code for known in list(_definition_of.values()) if known.hash == hash), None)
+    if code is None:
+        raise LookupError("its host does not know it any more")
+    text = "".join(linecache.getlines(code.co_filename))
+    if not text:
+        raise LookupError(f"there is no source of {code.co_name}() at its host, where it was typed in")
+    try:
+        alike = _codes_at(text, code.co_filename, code.co_name, code.co_firstlineno)
+    except (SyntaxError, ValueError):
+        alike = []
+    number = next((i for i, each in enumerate(alike) if _dump_code(each) == _dump_code(code)), None)
+    if number is None:
+        raise LookupError(f"the source of {code.co_name}() in {code.co_filename} has changed since it was loaded")
+    return {"text": text, "file": code.co_filename, "name": code.co_name, "line": code.co_firstlineno, "number": number,
+            "free": code.co_freevars}
+
+
+def _codes_at(text: str, file: str, name: str, line: int) -> list[types.CodeType]:
+    """The code objects of that name which begin at that line, in an order that all versions share."""
+    todo, found = [compile(text, file, "exec", dont_inherit=True)], []
+    while todo:
+        code = todo.pop(0)
+        if code.co_name == name and code.co_firstlineno == line:
+            found.append(code)
+        todo = [each for each in code.co_consts if isinstance(each, types.CodeType)] + todo
+    return found
+
+
+def _versions_differ(tag: str, why: str) -> Exception:
+    return pickle.UnpicklingError(
+        f"code that was compiled by {tag} can't run on {sys.implementation.cache_tag}, nor be compiled anew here: "
+        f"{why}. Use the same Python on both sides, or put the function in a file")
+
+
+def _code_by_source(tag: str, hash: bytes) -> Any:
+    """Code of another version, compiled here; and for its free variables, which of the sender's each one is."""
+    if not SUPPLY:
+        raise _versions_differ(tag, "this process has nobody to ask for its source")
+    try:
+        at = json.loads(SUPPLY[0]({"source": hash.hex()}))
+        code = _codes_at(at["text"], at["file"], at["name"], at["line"])[at["number"]]
+        order = [at["free"].index(name) for name in code.co_freevars]
+    except LookupError as error:
+        raise _versions_differ(tag, str(error)) from None
+    except (SyntaxError, ValueError) as error:
+        raise _versions_differ(tag, f"its source does not fit this version: {error}") from None
+    import linecache
+    if at["file"] not in linecache.cache and not os.path.exists(at["file"]):
+        linecache.cache[at["file"]] = len(at["text"]), None, at["text"].splitlines(True), at["file"]
+    return code, order
+
+
+class HostFinder:
+    """On a daemon, the last finder of modules: those that the host alone has are fetched from there, once, as a zip."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, str | None] = {}
+        self.files: list[Any] = []
+        self.lock = threading.RLock()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if "." in name or not SUPPLY or name in getattr(sys, "stdlib_module_names", ()):
+            return None
+        with self.lock:
+            if name not in self.paths:
+                self.paths[name] = self._fetch(name)
+        from importlib.machinery import PathFinder
+        found = self.paths[name]
+        return None if found is None else PathFinder.find_spec(name, [found])
+
+    def _fetch(self, name: str) -> str | None:
+        try:
+            data = SUPPLY[0]({"module": name})
+        except LookupError as error:
+            if str(error):
+                raise ModuleNotFoundError(str(error), name=name) from None
+            return None
+        if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
+            file = open(os.memfd_create(name), "wb")        # noqa: SIM115
+            path = f"/proc/self/fd/{file.fileno()}"
+        else:
+            file = tempfile.NamedTemporaryFile(suffix=".zip")       # type: ignore[assignment]    # noqa: SIM115
+            path = file.name
+        file.write(data)
+        file.flush()
+        self.files.append(file)
+        return path
 
 
 # -- saying what is wrong
@@ -3814,8 +3987,8 @@ def make_certificate(hosts: Sequence[str]) -> tuple[str, str]:
                 subprocess.run(["openssl", *command], check=True, timeout=CLOSE_TIME, stdin=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             except FileNotFoundError:
-                raise OSError(errno.ENOENT, "no openssl command, which makes certificates for tls+tcp://; give tls=, or "
-                              "use ssh_config(tunnel=True), which needs none") from None
+                raise OSError(errno.ENOENT, "no openssl command, which makes certificates for tls+tcp://; give tls=, "
+                              "or use ssh_config(tunnel=True), which needs none") from None
             except subprocess.SubprocessError as error:
                 words = getattr(error, "stderr", None) or error
                 raise OSError(errno.EIO, f"openssl {command[0]} failed: {str(words).strip()}") from None
@@ -4236,6 +4409,7 @@ class Dispatcher:
         self.joined: dict[int, _Peer] = {}          # slot -> its daemon, until the nursery tells of its end
         self.to_fork: list[tuple[int, int]] = []
         self.launchers: dict[int, _Launcher] = {}
+        self.wants: dict[int, tuple[int, int]] = {}     # requests to the host -> the daemon's number, its own number
         self.notices, self.untold = 0, 0            # said in this second, and not said
         self.alone = False                          # tasks wait and nobody is there: a timer will say so
         self.dirty: set[_Peer] = set()
@@ -4603,6 +4777,10 @@ class Dispatcher:
             self._do(self.core.expect(wish["n"]))
             if wish["argv"]:
                 self.nursery.post(encode(kind, id, payload))
+        elif kind == Kind.GIVE:
+            daemon, number = self.wants.pop(id, (0, 0))
+            if daemon in self.peers:
+                self._post(self.peers[daemon], encode(kind, number, payload))
         elif kind == Kind.END:
             for daemon in self.core.daemons:
                 if daemon in self.peers:
@@ -4657,6 +4835,10 @@ class Dispatcher:
                 self._do(self.core.returned(peer.number, id))
         elif kind == Kind.CLAIM:
             peer.claimed = id
+        elif kind == Kind.WANT and self.host is not None:
+            number = next(self.numbers)
+            self.wants[number] = peer.number, id
+            self._post(self.host, encode(kind, number, message.payload))
         elif kind == Kind.LEAVE:
             peer.claimed = id
             self._do(self.core.leaving(peer.number, message.flags))
@@ -4938,7 +5120,7 @@ class Dispatcher:
 # What this process is and does: is a daemon, one that a nursery began; evaluates a task in sync mode, an item of a map
 _here: dict[str, Any] = {"daemon": False, "launched": False, "slot": None, "evaluating": False, "map": False}
 DaemonOptions = collections.namedtuple(
-    "DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output cert")
+    "DaemonOptions", "autoexit cleanup idletime walltime maxtasks stream output cert forward")
 _LIMITS = ("idletime", "walltime", "maxtasks")
 _SWITCHES = ("asyncdial", "cleanup", "output", "dispatcher", "forward_imports")
 
@@ -4951,7 +5133,7 @@ def on_daemon() -> bool:
 def daemon(url: str | Sequence[str], *, dispatcher: bool = True, asyncdial: bool = False, autoexit: bool | None = True,
            cleanup: bool = True, output: bool = False, idletime: float = math.inf, walltime: float = math.inf,
            maxtasks: float = math.inf, tlscert: str | None = None, rs: Sequence[int] | None = None,
-           kill_after: float | None = None, key: str | bytes | None = None) -> int:
+           kill_after: float | None = None, forward_imports: bool = True, key: str | bytes | None = None) -> int:
     """Serves the dispatcher (or host) at `url` until one side ends it; call it in the main thread of a process of its
     own.
 
@@ -4965,15 +5147,15 @@ def daemon(url: str | Sequence[str], *, dispatcher: bool = True, asyncdial: bool
     its path, of the certificate or authority by which the listener's certificate and host name are verified; by default
     the key alone says that it is the right one. rs: the random stream it begins with, as `nextstream()` gives.
     kill_after: for the host's own local daemons, seconds after which one that does not give back a cancelled task is
-    killed. key: the profile's, 64 hexadecimal digits or 32 bytes; by default MIRAI_KEY or, for a profile of the same
-    user, its key file.
+    killed. forward_imports: modules of the host's own project that can't be found here are fetched from there. key: the
+    profile's, 64 hexadecimal digits or 32 bytes; by default MIRAI_KEY or, for a profile of the same user, its key file.
 
     Returns 0 (connection ended), 1 (idletime), 2 (walltime) or 3 (maxtasks), see `nextcode()`. Raises OSError where the
     url can't be reached, `Refused` where either side refuses the other.
     """
     options = {"dispatcher": dispatcher, "asyncdial": asyncdial, "autoexit": autoexit, "cleanup": cleanup,
                "output": output, "idletime": idletime, "walltime": walltime, "maxtasks": maxtasks, "tlscert": tlscert,
-               "rs": rs, "kill_after": kill_after}
+               "rs": rs, "kill_after": kill_after, "forward_imports": forward_imports}
     check_daemon_options(options)
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("daemon() needs the main thread of a process of its own: that is where tasks run")
@@ -5011,7 +5193,8 @@ def _daemon_options(options: Mapping[str, Any], stream: Stream) -> DaemonOptions
     idletime, walltime, maxtasks = [options.get(name, math.inf) for name in _LIMITS]
     cert = options.get("tlscert")
     return DaemonOptions(options.get("autoexit", True), options.get("cleanup", True), idletime, walltime, maxtasks,
-                         stream, options.get("output", False), cert and read_pem(cert, "tlscert"))
+                         stream, options.get("output", False), cert and read_pem(cert, "tlscert"),
+                         options.get("forward_imports", True))
 
 
 def nextcode(xc: int) -> str:
@@ -5035,6 +5218,9 @@ def _serve_from(connection: Connection | None, dialing: Callable[[Mapping[str, A
     while connection is not None:
         _answer_to(str(connection.terms.get("module", __name__)))
         inbox = _ThreadInbox(connection, options.autoexit)
+        SUPPLY[:] = [inbox.fetch]
+        if options.forward and not _here["launched"]:
+            sys.meta_path[:] = [*(each for each in sys.meta_path if type(each) is not HostFinder), HostFinder()]
         try:
             why = server.serve(inbox)
         finally:
@@ -5205,6 +5391,8 @@ class _ThreadInbox:
         self._cancelled = 0
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._empty = queue.Empty
+        self._wants = itertools.count(1)
+        self._given: dict[int, queue.SimpleQueue[bytes]] = {}
         threading.Thread(target=self._read, name="mirai-inbox", daemon=True).start()
 
     def cancelled(self) -> int:
@@ -5246,6 +5434,23 @@ class _ThreadInbox:
             return self._messages.get(timeout=None if timeout == math.inf else max(0.0, timeout))
         except self._empty:
             raise TimeoutError from None
+
+    def fetch(self, wish: Mapping[str, str]) -> bytes:
+        """What the host has of it; LookupError says why it has not."""
+        import queue
+        number, given = next(self._wants), queue.SimpleQueue()      # type: ignore[var-annotated]
+        self._given[number] = given
+        frame = encode_json(Kind.WANT, wish, number)
+        threading.Thread(target=self.send, args=(frame,)).start()   # where no interrupt can fall into it
+        try:
+            answer = given.get(timeout=FETCH_TIME)
+        except queue.Empty:
+            raise LookupError(f"the host did not answer within {FETCH_TIME:.0f} s") from None
+        finally:
+            del self._given[number]
+        if answer[:1] != GIVEN:
+            raise LookupError(answer[1:].decode())
+        return bytes(answer[1:])
 
     def send_report(self, report: _Report) -> None:
         """By the main thread, or by the one that reads where the main thread is at an item for long."""
@@ -5290,6 +5495,10 @@ class _ThreadInbox:
                     self.limit = min(self.limit, message.id)
                     self.connection.send(encode(Kind.CUT, max(message.id, self.begun + 1)))
         else:
+            if message.kind == Kind.GIVE:
+                if message.id in self._given:
+                    self._given[message.id].put(message.payload)
+                return
             if message.flags & FRESH and message.kind in (Kind.TASK, Kind.RUN, Kind.EVERYWHERE):
                 self.limit, self.stopped = NO_LIMIT, False
             self.pieces += message.kind == Kind.RUN
@@ -5598,7 +5807,7 @@ class _Child:
         self.slot: Slot | None = None                       # of a daemon whose output is passed on
         self.out = -1                                       # the reading end of its stdout, likewise; of a command's
         self.said = b""                                     # the tail of what a command wrote there
-        self.wish: dict[str, Any] = {}                      # what a command was asked for
+        self.wish: Mapping[str, Any] = {}                   # what a command was asked for
         self.undo: list[list[str]] = []                     # of a dispatcher: commands that end what others launched
         self.text = {stream: _utf8(errors="backslashreplace") for stream in (1, 2)}     # a read may end in a character
 
@@ -5612,6 +5821,7 @@ class Nursery:
         self.children: dict[int, _Child] = {}
         self.dispatchers: dict[int, _Child] = {}            # by job, until it and its daemons have ended
         self.to_fork: deque[tuple[_Child, tuple[int, int], Mapping[str, Any]]] = deque()
+        self.to_run: deque[tuple[_Child, int, Mapping[str, Any]]] = deque()     # commands, for a dispatcher
         self.to_kill: list[tuple[float, int]] = []          # when, process id
         self.unsent: set[Connection] = set()                # to peers that are stopped, say: nobody is waited for
         self.wake, wakeup = socket.socketpair()
@@ -5640,6 +5850,10 @@ class Nursery:
                 self._fork_daemon(*self.to_fork.popleft())
                 if self.become is not None:
                     return self.become
+            if self.to_run:
+                self._run_command(*self.to_run.popleft())
+                if self.become is not None:
+                    return self.become
             self._reap()
             self._kill_due()
             for connection in list(self.unsent):
@@ -5652,7 +5866,7 @@ class Nursery:
         return self.become
 
     def _timeout(self) -> float | None:
-        if self.to_fork:
+        if self.to_fork or self.to_run:
             return 0.0
         if self.unsent:
             return 0.02
@@ -5686,6 +5900,8 @@ class Nursery:
         for dispatcher in list(self.dispatchers.values()):
             self._remove_files(dispatcher)
             self._undo(dispatcher)
+        while self.to_run:
+            self._run_command(*self.to_run.popleft())
             if self.become is not None:
                 return
         with contextlib.suppress(OSError):          # other hosts' sockets are in it
@@ -5738,9 +5954,7 @@ class Nursery:
             elif message.kind == Kind.SIGNAL:
                 self._signal(child.job, content["pid"], content["signal"])
             elif message.kind == Kind.COMMAND:
-                self._run_command(child, message.id, content)
-                if self.become is not None:
-                    return
+                self.to_run.append((child, message.id, content))
         if child.control.ended:
             self._hang_up(child)
             if child.direct:
@@ -5811,7 +6025,7 @@ class Nursery:
             child.spared = spec["options"].get("autoexit", True) is not True
             child.slot = Slot(page, launch[0]) if child.out >= 0 else None
 
-    def _run_command(self, dispatcher: _Child, id: int, wish: dict[str, Any]) -> None:
+    def _run_command(self, dispatcher: _Child, id: int, wish: Mapping[str, Any]) -> None:
         """One that launches daemons elsewhere, or undoes that. Its input is a file: it may be larger than a pipe."""
         file = _unnamed_file()
         try:
@@ -5827,6 +6041,8 @@ class Nursery:
                 os.close(file)
         if child is not None:
             child.launch, child.wish = (id, 0), wish
+            if dispatcher.status is not None:
+                self.to_kill.append((time.monotonic() + CLOSE_TIME, child.pid))
 
     def _command_ended(self, dispatcher: _Child, id: int, wish: Mapping[str, Any], status: int, words: str,
                        said: str = "") -> None:
@@ -5834,17 +6050,16 @@ class Nursery:
         found = re.search(wish["job"], said) if not status and wish.get("job") else None
         if found is not None:
             dispatcher.undo.append([part.replace("{}", found.group(1)) for part in wish["undo"]])
+            if dispatcher.status is not None:
+                self._undo(dispatcher)
         if dispatcher.control is not None:
             self._tell(dispatcher.control, encode_json(Kind.COMMAND, {
                 "what": wish["what"], "status": status, "words": words or said}, id))
 
     def _undo(self, dispatcher: _Child) -> None:
         """Ends what was launched elsewhere and might not notice by itself that it is no longer needed."""
-        due = time.monotonic() + CLOSE_TIME
-        while dispatcher.undo and self.become is None:
-            wish = {"argv": dispatcher.undo.pop(), "env": dict(os.environ), "what": "undo"}
-            self._run_command(dispatcher, 0, wish)
-        self.to_kill += [(due, child.pid) for child in self.children.values() if child.wish.get("what") == "undo"]
+        while dispatcher.undo:
+            self.to_run.append((dispatcher, 0, {"argv": dispatcher.undo.pop(), "env": {**os.environ}, "what": "undo"}))
 
     def _fork(self, role: str, job: int, keep: Collection[int], run: Callable[[], int],
               output: bool = False) -> _Child | None:
@@ -5971,16 +6186,15 @@ class Nursery:
 
     def _dispatcher_ended(self, dispatcher: _Child, status: int) -> None:
         dispatcher.status = status
-        due = time.monotonic() + GRACE
-        self.to_kill += [(due, other.pid) for other in self.children.values()
-                         if other.job == dispatcher.job and not other.spared]
+        now = time.monotonic()          # a command that is submitting a job is let finish, or nobody could cancel it
+        self.to_kill += [(now + (CLOSE_TIME if other.wish.get("job") else GRACE), other.pid)
+                         for other in self.children.values() if other.job == dispatcher.job and not other.spared]
         self._undo(dispatcher)
-        if self.become is None:
-            self._finish(dispatcher)
+        self._finish(dispatcher)
 
     def _finish(self, dispatcher: _Child) -> None:
         """Once a dispatcher and all that must end with it have ended the host may know."""
-        if dispatcher.status is None or any(
+        if dispatcher.status is None or any(each[0] is dispatcher for each in self.to_run) or any(
                 child.job == dispatcher.job and not child.spared for child in self.children.values()):
             return
         if self.dispatchers.pop(dispatcher.job, None) is None:
@@ -6913,8 +7127,9 @@ class Link:
     """The host's end of its connection to a dispatcher. `describe_end` says how that ended, when it has. `capacity`:
     how many bytes of tasks may be under way."""
 
-    def __init__(self, connection: Connection, describe_end: Callable[[], str], capacity: int | None = None) -> None:
-        self.connection = connection
+    def __init__(self, connection: Connection, describe_end: Callable[[], str], capacity: int | None = None,
+                 provide: Callable[[Mapping[str, Any]], bytes] | None = None) -> None:
+        self.connection, self.provide = connection, provide
         connection.sock.setblocking(False)
         self.describe_end = describe_end
         self.lock = threading.RLock()
@@ -7119,6 +7334,9 @@ class Link:
             self.counts = COUNTS.unpack(message.payload)
         elif kind == Kind.NO_LAUNCH:
             self.launch_error = decode_json(message)["text"]
+        elif kind == Kind.WANT:
+            with contextlib.suppress(RuntimeError):     # the interpreter is ending
+                threading.Thread(target=self._give, args=(message,), name="mirai-give", daemon=True).start()
         elif kind == Kind.LAUNCHED:
             self.launched[message.id] = decode_json(message)
         elif kind == Kind.NOTICE:
@@ -7136,6 +7354,19 @@ class Link:
                 self._resolve_items(m, report["lo"], [error(report["text"]) for _ in range(report["lo"], report["hi"])])
             else:
                 self._resolve(m, error(report["text"]))
+
+    def _give(self, message: Message) -> None:
+        """Answers what a daemon asks for, in a thread of its own: it may have to be read from files."""
+        try:
+            if self.provide is None:
+                raise LookupError("")
+            answer = GIVEN + self.provide(decode_json(message))
+        except LookupError as error:
+            answer = MISSING + str(error.args[0] if error.args else "").encode()
+        except Exception as error:      # files that can't be read
+            answer = MISSING + f"its host can't send it: {type(error).__name__}: {error}".encode()
+        with contextlib.suppress(MiraiConnectionReset):
+            self._send(encode(Kind.GIVE, message.id, answer))
 
     def _wake_sleepers(self) -> None:
         """Those whose wait is over, the lock held."""
@@ -7504,7 +7735,7 @@ class _Profile(_Settings):
         else:
             self.job, self.url, sock = self.nursery.start(spec)
         try:
-            self.link = Link(Connection(sock), lambda: self.nursery.describe_end(self.job, 1.0), memory)
+            self.link = Link(Connection(sock), lambda: self.nursery.describe_end(self.job, 1.0), memory, provide)
         except BaseException:
             sock.close()
             self.nursery.kill(self.job)
