@@ -1971,97 +1971,9 @@ def received_hooks(hash: bytes | None) -> dict[type, Any] | None:
     return None if hash is None else _hooks_here[hash]
 
 
-# -- what a daemon lacks, and its host has: its own modules, source where the Python versions differ
+# -- code of another version of Python
 
 SUPPLY: list[Callable[[dict[str, str]], bytes]] = []        # on a daemon: asks its host; LookupError with a reason
-
-
-def provide(wish: Mapping[str, Any]) -> bytes:
-    """On the host: `{"module": name}`, a zip of a top-level module of the user's; `{"source": hash}`, where a
-    definition stands. LookupError says why not."""
-    if "module" in wish:
-        return _zip_module(str(wish["module"]))
-    return json.dumps(_source_of(bytes.fromhex(str(wish["source"])))).encode()
-
-
-def _zip_module(name: str) -> bytes:
-    import zipfile
-    files = _project_files(name)
-    if not files:
-        raise LookupError("")
-    if sum(os.path.getsize(path) for _, path in files) > FORWARDED_BYTES:
-        raise LookupError(f"the package {name} has more than {FORWARDED_BYTES >> 20} MiB, too much to be sent: install "
-                          "it where the daemon runs")
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
-        for inside, path in files:
-            if not path.endswith(_EXTENSIONS):
-                writer.write(path, inside)
-                continue
-            module = inside.split(".")[0].replace("/", ".")
-            why = (f"{module} is a C extension, which can't be sent to a daemon: install {name} where that runs, with "
-                   "its own Python")
-            writer.writestr(inside.split(".")[0] + ".py", f"raise ImportError({why!r}, name={module!r})\n")
-    return archive.getvalue()
-
-
-_EXTENSIONS = (".so", ".pyd", ".dylib")
-
-
-def _project_files(name: str) -> list[tuple[str, str]]:
-    """Of a top-level module that is the user's own, neither Python's nor installed: names in an archive, and paths."""
-    import importlib.util
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return []
-    if spec is None or spec.origin in ("built-in", "frozen"):
-        return []
-    found = []
-    for place in map(os.path.abspath, spec.submodule_search_locations or ()):
-        if _is_installed(place):
-            continue
-        for directory, folders, names in os.walk(place):
-            folders[:] = [folder for folder in folders if folder != "__pycache__" and not folder.startswith(".")]
-            inside = os.path.normpath(os.path.join(name, os.path.relpath(directory, place))).replace(os.sep, "/")
-            found.append((f"{inside}/", directory))         # by which it can be a namespace
-            found += [(f"{inside}/{each}", os.path.join(directory, each)) for each in sorted(names)
-                      if not each.endswith(".pyc")]
-    if spec.origin and not spec.submodule_search_locations and not _is_installed(spec.origin):
-        found.append((name + os.path.splitext(spec.origin)[1], spec.origin))
-    return found
-
-
-def _is_installed(path: str) -> bool:
-    """With Python, or beside it."""
-    import sysconfig
-    path = os.path.realpath(path)
-    places = {os.path.realpath(place) for place in (*sysconfig.get_paths().values(), os.path.dirname(os.__file__))}
-    if os.path.commonpath([path, os.path.realpath(sys.prefix)]) == os.path.realpath(sys.prefix) and (
-            os.path.realpath(sys.prefix) != os.path.realpath(os.getcwd())):
-        places.add(os.path.join(os.path.realpath(sys.prefix), "lib"))
-    return bool({"site-packages", "dist-packages"}.intersection(path.split(os.sep))) or any(
-        path.startswith(place + os.sep) for place in places)
-
-
-def _source_of(hash: bytes) -> dict[str, Any]:
-    """Where the code of a definition stands in the text of its file, if compiling that gives this very code."""
-    import linecache
-    code = next((known.code for known in list(_definition_of.values()) if known.hash == hash), None)
-    if code is None:
-        raise LookupError("its host does not know it any more")
-    text = "".join(linecache.getlines(code.co_filename))
-    if not text:
-        raise LookupError(f"there is no source of {code.co_name}() at its host, where it was typed in")
-    try:
-        alike = _codes_at(text, code.co_filename, code.co_name, code.co_firstlineno)
-    except (SyntaxError, ValueError):
-        alike = []
-    number = next((i for i, each in enumerate(alike) if _dump_code(each) == _dump_code(code)), None)
-    if number is None:
-        raise LookupError(f"the source of {code.co_name}() in {code.co_filename} has changed since it was loaded")
-    return {"text": text, "file": code.co_filename, "name": code.co_name, "line": code.co_firstlineno, "number": number,
-            "free": code.co_freevars}
 
 
 def _codes_at(text: str, file: str, name: str, line: int) -> list[types.CodeType]:
@@ -2094,46 +2006,9 @@ def _code_by_source(tag: str, hash: bytes) -> Any:
     except (SyntaxError, ValueError) as error:
         raise _versions_differ(tag, f"its source does not fit this version: {error}") from None
     import linecache
-    if at["file"] not in linecache.cache and not os.path.exists(at["file"]):
+    if at["file"] not in linecache.cache:
         linecache.cache[at["file"]] = len(at["text"]), None, at["text"].splitlines(True), at["file"]
     return code, order
-
-
-class HostFinder:
-    """On a daemon, the last finder of modules: those that the host alone has are fetched from there, once, as a zip."""
-
-    def __init__(self) -> None:
-        self.paths: dict[str, str | None] = {}
-        self.files: list[Any] = []
-        self.lock = threading.RLock()
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if "." in name or not SUPPLY or name in getattr(sys, "stdlib_module_names", ()):
-            return None
-        with self.lock:
-            if name not in self.paths:
-                self.paths[name] = self._fetch(name)
-        from importlib.machinery import PathFinder
-        found = self.paths[name]
-        return None if found is None else PathFinder.find_spec(name, [found])
-
-    def _fetch(self, name: str) -> str | None:
-        try:
-            data = SUPPLY[0]({"module": name})
-        except LookupError as error:
-            if str(error):
-                raise ModuleNotFoundError(str(error), name=name) from None
-            return None
-        if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
-            file = open(os.memfd_create(name), "wb")        # noqa: SIM115
-            path = f"/proc/self/fd/{file.fileno()}"
-        else:
-            file = tempfile.NamedTemporaryFile(suffix=".zip")       # type: ignore[assignment]    # noqa: SIM115
-            path = file.name
-        file.write(data)
-        file.flush()
-        self.files.append(file)
-        return path
 
 
 # -- saying what is wrong
@@ -4098,11 +3973,15 @@ def dial(urls: str | Sequence[str], key: bytes, role: str, about: Mapping[str, A
     deadline = time.monotonic() + timeout
     errors: list[tuple[Address, Exception]] = []
     for address, sock in _connected(addresses, deadline, errors):
+        due = deadline if len(addresses) == 1 else min(deadline, time.monotonic() + timeout / (1 + len(addresses)))
         try:
-            return _shake_hands(address, sock, key, role, about, deadline, tlscert)
-        except (OSError, ProtocolError) as error:
+            return _shake_hands(address, sock, key, role, about, due, tlscert)
+        except (OSError, Refused) as error:
             sock.close()
             errors.append((address, error))
+        except ProtocolError as error:
+            sock.close()
+            errors.append((address, Refused(f"who listens there is not mirai, or another version: {error}")))
         except BaseException:
             sock.close()
             raise
@@ -4539,7 +4418,6 @@ class Dispatcher:
         peer = _Peer(next(self.numbers), Connection(sock, Decoder(STRANGER_LIMIT)), ListenerHandshake(self.key))
         if self.address.scheme != "ipc":
             self._meet(peer, sock)
-        peer.handle = self._greet
         self.peers[peer.number] = peer
         self.strangers[peer.number] = None
         self.selector.register(sock, selectors.EVENT_READ, functools.partial(self._serve, peer))
@@ -4592,6 +4470,13 @@ class Dispatcher:
     def _take(self, peer: _Peer) -> None:
         number, peers = peer.number, self.peers
         try:
+            while peer.shake is not None:       # one by one: what follows the last may be sealed
+                message = peer.connection.decoder.pop()
+                if message is None:
+                    return
+                self._greet(peer, message)
+                if number not in peers:
+                    return
             for message in peer.connection.decoder:
                 peer.handle(peer, message)          # type: ignore[misc]
                 if number not in peers:
@@ -4634,6 +4519,7 @@ class Dispatcher:
         self._do(self.core.joined(peer.number, peer.launch and peer.launch[0], expected))
         if launcher is not None and expected:
             launcher.joined += 1
+            self._report_counts()       # the host is to know of it before it is told that this is all
             if launcher.joined == launcher.n:
                 self._launched(about["launch"], 0, "")
 
@@ -5280,6 +5166,43 @@ def _quit(code: Any = 0) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)
+
+
+class HostFinder:
+    """On a daemon, the last finder of modules: those that the host alone has are fetched from there, once, as a zip."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, str | None] = {}
+        self.files: list[Any] = []
+        self.lock = threading.RLock()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if "." in name or not SUPPLY or name in getattr(sys, "stdlib_module_names", ()):
+            return None
+        with self.lock:
+            if name not in self.paths:
+                self.paths[name] = self._fetch(name)
+        from importlib.machinery import PathFinder
+        found = self.paths[name]
+        return None if found is None else PathFinder.find_spec(name, [found])
+
+    def _fetch(self, name: str) -> str | None:
+        try:
+            data = SUPPLY[0]({"module": name})
+        except LookupError as error:
+            if str(error):
+                raise ModuleNotFoundError(str(error), name=name) from None
+            return None
+        if hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd"):
+            file = open(os.memfd_create(name), "wb")        # noqa: SIM115
+            path = f"/proc/self/fd/{file.fileno()}"
+        else:
+            file = tempfile.NamedTemporaryFile(suffix=".zip")       # type: ignore[assignment]    # noqa: SIM115
+            path = file.name
+        file.write(data)
+        file.flush()
+        self.files.append(file)
+        return path
 
 
 class Surroundings:
@@ -6488,7 +6411,8 @@ def _interpreter_flags() -> list[str]:
 # ======================================================================
 # 13. Launchers: what starts daemons on other machines
 # ======================================================================
-# Knows:  the command lines of ssh and of schedulers, shell scripts, this file's own source.
+# Knows:  the command lines of ssh and of schedulers, shell scripts; this file's source, and the files of the user's own
+#         modules, which daemons elsewhere lack.
 # Never:  connections, processes; but for an HTTP request it runs nothing itself.
 # Rule:   the key and the source go by standard input, and never in an argument.
 
@@ -6560,6 +6484,98 @@ def _words(command: Any) -> list[str]:
     import shlex
     return shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
 
+
+# -- what a daemon lacks, and its host has
+
+def provide(wish: Mapping[str, Any]) -> bytes:
+    """On the host: `{"module": name}`, a zip of a top-level module of the user's; `{"source": hash}`, where a
+    definition stands. LookupError says why not."""
+    if "module" in wish:
+        return _zip_module(str(wish["module"]))
+    return json.dumps(_source_of(bytes.fromhex(str(wish["source"])))).encode()
+
+
+def _zip_module(name: str) -> bytes:
+    import zipfile
+    files = _project_files(name)
+    if not files:
+        raise LookupError("")
+    if sum(os.path.getsize(path) for _, path in files) > FORWARDED_BYTES:
+        raise LookupError(f"the package {name} has more than {FORWARDED_BYTES >> 20} MiB, too much to be sent: install "
+                          "it where the daemon runs")
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
+        for inside, path in files:
+            if not path.endswith(_EXTENSIONS):
+                writer.write(path, inside)
+                continue
+            module = inside.split(".")[0].replace("/", ".")
+            why = (f"{module} is a C extension, which can't be sent to a daemon: install {name} where that runs, with "
+                   "its own Python")
+            writer.writestr(inside.split(".")[0] + ".py", f"raise ImportError({why!r}, name={module!r})\n")
+    return archive.getvalue()
+
+
+_EXTENSIONS = (".so", ".pyd", ".dylib")
+
+
+def _project_files(name: str) -> list[tuple[str, str]]:
+    """Of a top-level module that is the user's own, neither Python's nor installed: names in an archive, and paths."""
+    import importlib.util
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    if spec is None or spec.origin in ("built-in", "frozen"):
+        return []
+    found = []
+    for place in map(os.path.abspath, spec.submodule_search_locations or ()):
+        if _is_installed(place):
+            continue
+        for directory, folders, names in os.walk(place):
+            folders[:] = [folder for folder in folders if folder != "__pycache__" and not folder.startswith(".")]
+            inside = os.path.normpath(os.path.join(name, os.path.relpath(directory, place))).replace(os.sep, "/")
+            found.append((f"{inside}/", directory))         # by which it can be a namespace
+            found += [(f"{inside}/{each}", os.path.join(directory, each)) for each in sorted(names)
+                      if not each.endswith(".pyc")]
+    if spec.origin and not spec.submodule_search_locations and not _is_installed(spec.origin):
+        found.append((name + os.path.splitext(spec.origin)[1], spec.origin))
+    return found
+
+
+def _is_installed(path: str) -> bool:
+    """With Python, or beside it."""
+    import sysconfig
+    path = os.path.realpath(path)
+    places = {os.path.realpath(place) for place in (*sysconfig.get_paths().values(), os.path.dirname(os.__file__))}
+    if os.path.commonpath([path, os.path.realpath(sys.prefix)]) == os.path.realpath(sys.prefix) and (
+            os.path.realpath(sys.prefix) != os.path.realpath(os.getcwd())):
+        places.add(os.path.join(os.path.realpath(sys.prefix), "lib"))
+    return bool({"site-packages", "dist-packages"}.intersection(path.split(os.sep))) or any(
+        path.startswith(place + os.sep) for place in places)
+
+
+def _source_of(hash: bytes) -> dict[str, Any]:
+    """Where the code of a definition stands in the text of its file, if compiling that gives this very code."""
+    import linecache
+    code = next((known.code for known in list(_definition_of.values()) if known.hash == hash), None)
+    if code is None:
+        raise LookupError("its host does not know it any more")
+    text = "".join(linecache.getlines(code.co_filename))
+    if not text:
+        raise LookupError(f"there is no source of {code.co_name}() at its host, where it was typed in")
+    try:
+        alike = _codes_at(text, code.co_filename, code.co_name, code.co_firstlineno)
+    except (SyntaxError, ValueError):
+        alike = []
+    number = next((i for i, each in enumerate(alike) if _dump_code(each) == _dump_code(code)), None)
+    if number is None:
+        raise LookupError(f"the source of {code.co_name}() in {code.co_filename} has changed since it was loaded")
+    return {"text": text, "file": code.co_filename, "name": code.co_name, "line": code.co_firstlineno, "number": number,
+            "free": code.co_freevars}
+
+
+# -- the configurations
 
 class ssh_config:
     """Launches daemons by ssh, on machines where key-based login works: `daemons(remote=ssh_config("ssh://node"))`.
@@ -6654,15 +6670,17 @@ class cluster_config:
     def __init__(self, command: str = "sbatch", options: str | Sequence[str] = "", python: str = "python3",
                  setup: str | Sequence[str] = (), cwd: str | None = None) -> None:
         self.command, self.options, self.python, self.setup, self.cwd = command, options, python, setup, cwd
-        self.kind = os.path.basename((_words(command) or [""])[-1])
+        names = [os.path.basename(word) for word in _words(command)]
+        self.at = next((i for i, name in enumerate(names) if name in ("sbatch", "qsub", "bsub")), -1)
+        self.kind = names[self.at] if names else ""
         if self.kind == "qsub":
             given = "\n".join(_lines(options))
             sge = "SGE_ROOT" in os.environ or any(os.access(os.path.join(path, "qconf"), os.X_OK)
                                                   for path in os.get_exec_path())
             self.kind = "PBS" if "#PBS" in given or not (sge or "#$" in given) else "SGE"
         if self.kind not in _SCHEDULERS:
-            raise ValueError(f"command={command!r}: expected one that ends in sbatch, qsub or bsub; remote_config() is "
-                             "for others")
+            raise ValueError(f"command={command!r}: expected sbatch, qsub or bsub, with their options; remote_config() "
+                             "is for others")
 
     def __repr__(self) -> str:
         return f"<cluster_config {self.command}>"
@@ -6672,8 +6690,9 @@ class cluster_config:
         array = () if self.kind == "PBS" and n == 1 else scheduler.array       # there is no array of one
         head, input = self._head(scheduler.lines), payload(offer, launcher, 1)
         script = shell_script(self.python, head, self.setup, self.cwd, input)
-        undo = [*argv[:-1], os.path.join(os.path.dirname(argv[-1]), scheduler.undo[0]), *scheduler.undo[1:]]
-        return [Command(launcher, argv[-1], [*argv, *(part.format(n=n) for part in array)], script, n, False,
+        name = argv[self.at]
+        undo = [*argv[:self.at], os.path.join(os.path.dirname(name), scheduler.undo[0]), *scheduler.undo[1:]]
+        return [Command(launcher, name, [*argv, *(part.format(n=n) for part in array)], script, n, False,
                         scheduler.job, undo)]
 
     def _head(self, lines: Iterable[str]) -> list[str]:
