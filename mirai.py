@@ -3248,6 +3248,8 @@ def _first_of(queue: deque[_Piece]) -> _Piece | None:
 # Rule:   nothing is passed on from a peer that has not proven that it holds the key.
 
 _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
+SILENT = f"did not answer for {LINK_TIME:.0f} s: its machine is gone, or the network to it"
+
 Address = collections.namedtuple("Address", "scheme host port")     # ipc: host is the path, port None
 
 
@@ -3596,12 +3598,17 @@ class Connection:
             chunks.extend(map(self._recv, (self.decoder.wanted(),)))
         except (BlockingIOError, InterruptedError):
             return False
-        except OSError:
-            self.ended = True
+        except OSError as error:
+            self._break(error)
             return False
         if not chunks[-1]:
             self.ended = True
         return not self.ended
+
+    def _break(self, error: OSError) -> None:
+        if error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH):
+            self.fault = SILENT
+        self.ended = True
 
     def _receive_by(self, channel: SealedChannel | TLSChannel) -> bool:
         """The same through a channel, where no signal handler raises; what is not as it was sent ends it."""
@@ -3614,8 +3621,9 @@ class Connection:
                 self.flush()
         except (BlockingIOError, InterruptedError):
             return False
-        except OSError:
+        except OSError as error:
             data = b""
+            self._break(error)
         except ProtocolError as error:
             data, self.fault = b"", str(error)
             with contextlib.suppress(OSError):      # which says why to the other side
@@ -3834,6 +3842,16 @@ def read_pem(value: Any, what: str) -> str:
         return value
     with open(value) as file:
         return file.read()
+
+
+def split_pem(text: str) -> tuple[str, str]:
+    """The certificates in it, and the private key; ValueError where one of them is missing."""
+    import re
+    found = [re.findall(f"-----BEGIN {what}-----.*?-----END {what}-----", text, re.DOTALL)
+             for what in ("CERTIFICATE", "[A-Z ]*PRIVATE KEY")]
+    if not all(found):
+        raise ValueError("tls: expected a certificate and its private key, in PEM")
+    return "\n".join(found[0]) + "\n", found[1][0] + "\n"
 
 
 def certificate_hash(cert: str) -> bytes:
@@ -4087,7 +4105,9 @@ def _receive_some(connection: Connection, address: Address, deadline: float) -> 
     if not connection.receive() and connection.ended:
         if connection.fault:
             raise Refused(connection.fault)
-        raise ConnectionResetError(errno.ECONNRESET, f"{format_url(address)} closed the connection in the handshake")
+        hint = "; does it want tls+tcp://?" if address.scheme == "tcp" else ""
+        raise ConnectionResetError(errno.ECONNRESET,
+                                   f"{format_url(address)} closed the connection in the handshake{hint}")
 
 
 # ======================================================================
@@ -4449,7 +4469,7 @@ class Dispatcher:
         """Those that the kernel would go on trying to reach."""
         for peer in list(self.peers.values()):
             if peer.remote and is_cut(peer.connection.sock):
-                self._at_end(peer, f"did not answer for {LINK_TIME:.0f} s: its machine is gone, or the network to it")
+                self._at_end(peer, SILENT)
         self._at(LINK_TIME / 6, self._check_links)
 
     def _serve(self, peer: _Peer) -> None:
@@ -5477,6 +5497,8 @@ class _Daemon:
                         continue
                     return self._leave(self.why_now())
                 if message is None:
+                    if inbox.connection.fault:
+                        print(f"mirai: the host's end: {inbox.connection.fault}", file=sys.stderr, flush=True)
                     return DIED
                 handle = self.handlers.get(message.kind)
                 if handle is None:
@@ -8165,9 +8187,8 @@ def _check_tls(url: str | None, tls: Any, pass_: Any) -> Sequence[str | None] | 
     pair = [tls, tls] if isinstance(tls, str) else list(tls)
     if len(pair) != 2:
         raise ValueError("tls: expected a path, or a pair of PEM texts, certificate and key")
-    password = pass_() if callable(pass_) else pass_
-    cert, private = [read_pem(each, "tls") for each in pair]
-    found = [cert, "" if isinstance(tls, str) else private, password]
+    cert, private = split_pem("\n".join([read_pem(each, "tls") for each in dict.fromkeys(pair)]))
+    found = [cert, private, pass_() if callable(pass_) else pass_]
     listener_context(*found)
     return found
 
