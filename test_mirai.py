@@ -8,6 +8,7 @@ longer ends the run with the stack of every thread. After each class no process,
 
 from __future__ import annotations
 
+import array
 import ast
 import asyncio
 import atexit
@@ -44,6 +45,7 @@ import threading
 import time
 import types
 import unittest
+import warnings
 
 import mirai
 from mirai import (MiraiCancelled, MiraiConnectionReset, MiraiError, MiraiInterrupt, MiraiTimeout, call_mirai, daemons,
@@ -53,6 +55,8 @@ LONG = 60.0         # seconds; a wait this long means a hang
 HERE = os.path.dirname(os.path.abspath(__file__))
 FILE = os.path.join(HERE, "mirai.py")
 PYPY = sys.implementation.name == "pypy"
+MIRAI_LONG = bool(os.environ.get("MIRAI_LONG"))         # whether tests that take long are run, and others count further
+takes_long = unittest.skipUnless(MIRAI_LONG, "takes long: MIRAI_LONG=1 runs it")
 
 if PYPY:
     with contextlib.suppress(ImportError):
@@ -80,6 +84,11 @@ def wait_until(predicate, timeout=LONG, what="the condition"):
         pause = min(pause * 2, 0.02)
 
 
+def needs(*packages):
+    there = all(map(importlib.util.find_spec, packages))
+    return unittest.skipUnless(there, f"needs {' and '.join(packages)}")
+
+
 def is_alive(pid):
     """Whether a process exists and is no zombie."""
     try:
@@ -87,6 +96,10 @@ def is_alive(pid):
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def no_more(pids, seconds=2.0):
+    wait_until(lambda: not any(map(is_alive, pids)), seconds, "the end of all processes")
 
 
 def family_of(pid):
@@ -251,6 +264,16 @@ class Case(unittest.TestCase):
 
     def tearDown(self):
         faulthandler.cancel_dump_traceback_later()
+
+    def end_with_the_test(self, *pids):
+        """Daemons that outlive their host are gone after the test, whatever comes."""
+        def end():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+
+        self.addCleanup(no_more, pids)
+        self.addCleanup(end)
 
 
 # -- 0. The house: what holds for the file as a whole
@@ -10281,6 +10304,743 @@ class TestDaemon(Case):
         self.assertFalse(mirai.daemons_set())
 
 
+# -- the daemons' options, memory
+
+
+KEY = "5a" * 32
+
+
+def computes(pid):
+    """Waits until a process is busy: what it is at needs no more of the host."""
+    def ticks():
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[11])
+
+    before = ticks()
+    wait_until(lambda: ticks() > before + 5, SOON, "a twentieth of a second of work")
+
+
+def _crunch(enter=None):
+    """C code that no interrupt reaches, and that holds the GIL."""
+    if enter is not None:
+        enter("crunching")
+    return sum(range(10**12))
+
+
+_WRITE = """
+import os, subprocess, sys
+print("printed", flush=True)
+os.write(1, b"written\\n")
+subprocess.run(["echo", "echoed"])
+import ctypes
+ctypes.CDLL(None).write(1, b"from C\\n", 7)
+print("said", file=sys.stderr, flush=True)
+os.write(2, b"written too\\n")
+subprocess.run(["sh", "-c", "echo echoed too >&2"])
+print("last")
+7
+"""
+
+
+class TestOptions(Case):
+    def by_hand(self, *arguments, **options):
+        one = ByHand(*arguments, **options)
+        self.addCleanup(one.__exit__)
+        return one
+
+    # -- autoexit
+
+    def test_autoexit_true_ends_with_the_host_in_the_midst_of_a_task(self):
+        for mode in MODES:
+            with self.subTest(**mode), Gate() as gate, Noted() as note:
+                daemons(1, autoexit=True, **mode)
+                m = mirai.mirai(_note_after, gate.enter, note.path)
+                _, pid = gate.arrived()
+                daemons(0)
+                no_more([pid], 1.0)
+                gate.open()
+                self.assertIsInstance(m.data, MiraiConnectionReset)
+                self.assertFalse(os.path.exists(note.path))
+
+    def test_autoexit_none_finishes_what_runs_after_a_reset_and_begins_nothing_more(self):
+        for mode in MODES:
+            with self.subTest(**mode), Gate() as gate, Noted() as note, Noted() as never:
+                daemons(2, autoexit=None, **mode)
+                pids = set(outcomes(mirai.everywhere(os.getpid)))
+                ms = [mirai.mirai(_note_after, gate.enter, note.path)]
+                _, busy = gate.arrived()
+                idle, = pids - {busy}
+                if not mode["dispatcher"]:
+                    ms.append(mirai.mirai(abs, -1))         # to the one whose turn it is
+                    ms.append(mirai.mirai(_note_after, str, never.path))
+                daemons(0)
+                self.assertIsInstance(ms[0].data, MiraiConnectionReset)
+                no_more([idle], 2.0)
+                time.sleep(0.5)                             # longer than any grace
+                self.assertTrue(is_alive(busy))
+                gate.open()
+                wait_until(note.done, 2.0, "what the task does last")
+                no_more([busy], 2.0)
+                self.assertFalse(os.path.exists(never.path))
+
+    def test_autoexit_none_finishes_what_runs_after_the_host_was_killed(self):
+        for mode in MODES:
+            with self.subTest(**mode), Noted() as note, Gate() as gate, Host(f"""
+                    import mirai, os, socket, time
+                    def finish(address, path):
+                        with socket.create_connection(address) as sock:
+                            sock.sendall(b"[0, %d]\\n" % os.getpid())
+                            sock.recv(1)
+                        print("nobody reads this" * 10_000, flush=True)
+                        with open(path, "w") as file:
+                            file.write("done")
+                    mirai.daemons(1, autoexit=None, **{mode!r})
+                    m = mirai.mirai(finish, {gate.address!r}, {note.path!r})
+                    time.sleep(1000)
+                    """) as host:
+                _, pid = gate.arrived()
+                family = family_of(host.pid)
+                self.end_with_the_test(pid)
+                host.process.kill()
+                host.process.wait(SOON)
+                time.sleep(0.5)
+                self.assertTrue(is_alive(pid))
+                gate.open()
+                wait_until(note.done, 2.0, "what the task does last")
+                no_more(family)
+
+    def test_autoexit_none_holds_for_one_that_was_started_by_hand(self):
+        for mode in MODES:
+            with self.subTest(**mode), Noted() as note, Gate() as gate, daemons(url="tcp://127.0.0.1:0", **mode):
+                one, two = (self.by_hand(status()["daemons"], "--autoexit", how) for how in ("none", "true"))
+                joined(2)
+                ms = [mirai.mirai(_note_after, gate.enter, note.path) for _ in range(2)]
+                gate.arrived(), gate.arrived()
+                daemons(0)
+                self.assertEqual(two.status(2.0)[0], 0)
+                self.assertIsNone(one.process.poll())
+                gate.open()
+                self.assertEqual(one.status(2.0)[0], 0)
+                self.assertTrue(note.done())
+                self.assertEqual({type(m.data) for m in ms}, {MiraiConnectionReset})
+
+    def test_autoexit_false_needs_a_url_and_a_key_that_a_next_host_can_use(self):
+        url = f"tcp://127.0.0.1:{free_port()}"
+        for options in ({}, {"url": url}, {"key": KEY}):
+            with self.subTest(**options), self.assertRaisesRegex(ValueError, "autoexit.*(url|key)"):
+                daemons(1, autoexit=False, **options)
+            self.assertFalse(mirai.daemons_set())
+        with daemons(1), self.assertRaisesRegex(ValueError, "autoexit.*(url|key)"):
+            launch_local(1, autoexit=False)
+        with self.assertRaisesRegex(ValueError, "autoexit"):
+            daemons(1, autoexit="no")
+
+    NEXT_HOST = """
+        import mirai, os, sys, time
+        url, key, n, mode = sys.argv[1:]
+        tag = "the next host's"
+        def tell(x):
+            return tag, x, os.getpid()
+        mirai.daemons(url=url, key=key, dispatcher=mode == "True")
+        deadline = time.monotonic() + 20
+        while mirai.info().connections < int(n) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        print(mirai.info().connections)
+        found = mirai.mirai_map(range(20), tell).results()
+        print([x for _, x, _ in found] == list(range(20)), {t for t, _, _ in found}, mirai.mirai("1 + 1").result(20))
+        print(*sorted(set(mirai.everywhere("import os; os.getpid()").results())))
+        sys.stdout.flush()
+        """
+
+    def test_autoexit_false_serves_the_next_host_at_the_same_url_with_the_same_key(self):
+        tag = "the first host's"
+
+        def tell():
+            return tag
+
+        for mode in MODES:
+            with self.subTest(**mode), tempfile.TemporaryDirectory() as folder:
+                url = f"ipc://{folder}/socket" if mode["dispatcher"] else f"tcp://127.0.0.1:{free_port()}"
+                daemons(2, url=url, key=KEY, autoexit=False, **mode)
+                self.assertEqual({outcome(mirai.mirai(tell)) for _ in range(4)}, {tag})
+                pids = sorted(outcomes(mirai.everywhere(os.getpid)))
+                self.end_with_the_test(*pids)
+                self.assertFalse(daemons(0))
+                self.assertFalse(mirai.daemons_set())
+                done = run_python(self.NEXT_HOST, url, KEY, "2", str(mode["dispatcher"]), timeout=2 * SOON)
+                self.assertEqual((done.stderr, done.stdout.splitlines()), ("", [
+                    "2", "True {\"the next host's\"} 2", " ".join(map(str, pids))]))
+                self.assertTrue(all(map(is_alive, pids)))
+                daemons(url=url, key=KEY, **mode)           # a third, who ends them
+                joined(2)
+                self.assertEqual(sorted(outcomes(mirai.everywhere(os.getpid))), pids)
+                self.assertFalse(daemons(None))
+                no_more(pids)
+
+    def test_autoexit_false_outlives_a_host_that_is_killed_and_what_it_ran_for_it(self):
+        for mode in MODES:
+            url = f"tcp://127.0.0.1:{free_port()}"
+            with self.subTest(**mode), Host(f"""
+                    import mirai, time
+                    mirai.daemons(2, url={url!r}, key={KEY!r}, autoexit=False, **{mode!r})
+                    print(*mirai.everywhere("import os; os.getpid()").results())
+                    m = mirai.mirai("import time; time.sleep(1000)", _timeout=1000)
+                    while not mirai.info().executing:
+                        time.sleep(0.01)
+                    print("executing")
+                    time.sleep(1000)
+                    """) as host:
+                pids = set(map(int, host.line().split()))
+                self.assertEqual(host.line(), "executing")
+                self.end_with_the_test(*pids)
+                others = set(family_of(host.pid)) - pids
+                host.process.kill()
+                no_more(others, 1.0)
+                with daemons(url=url, key=KEY, **mode):
+                    wait_until(lambda: connections() >= 1, SOON, "the idle one")
+                    self.assertEqual(outcomes([mirai.mirai(abs, -1) for _ in range(4)]), [1] * 4)
+                    self.assertLessEqual(set(outcomes(mirai.everywhere(os.getpid))), pids)
+                    daemons(None)
+                wait_until(lambda: sum(map(is_alive, pids)) <= 1, 2.0, "all but that which may be asleep for ever")
+
+    def test_autoexit_false_on_the_command_line_and_both_ways_of_a_reset(self):
+        url = f"tcp://127.0.0.1:{free_port()}"
+        for mode in (*MODES, *MODES):
+            if mode is MODES[0]:
+                one = self.by_hand(url, "--autoexit", "false", "--asyncdial", key=KEY)
+            with self.subTest(**mode):
+                daemons(url=url, key=KEY, **mode)
+                joined(1)
+                self.assertEqual(outcome(mirai.mirai(os.getpid)), one.pid)
+                if mode is MODES[0]:
+                    daemons(0)
+                    self.assertIsNone(one.process.poll())
+                else:
+                    daemons(None)
+                    self.assertEqual(one.status(SOON), (0, ""))
+
+    def test_autoexit_false_ends_by_its_limits_while_no_host_is_there(self):
+        url = f"tcp://127.0.0.1:{free_port()}"
+        daemons(url=url, key=KEY)
+        for option, code in (("--idletime", 1), ("--walltime", 2)):
+            one = self.by_hand(url, "--autoexit", "false", option, "1", key=KEY)
+            joined(1)
+            daemons(0)
+            self.assertEqual(one.status(SOON)[0], code)
+            daemons(url=url, key=KEY)
+        daemons(0)
+
+    def test_setting_anew_at_the_same_url_keeps_those_that_persist(self):
+        url = f"tcp://127.0.0.1:{free_port()}"
+        daemons(1, url=url, key=KEY, autoexit=False)
+        pid = outcome(mirai.mirai(os.getpid))
+        self.end_with_the_test(pid)
+        daemons(1, url=url, key=KEY, autoexit=False)
+        joined(2)
+        pids = set(outcomes(mirai.everywhere(os.getpid)))
+        self.end_with_the_test(*pids)
+        self.assertEqual((len(pids), pid in pids), (2, True))
+        daemons(None)
+        no_more(pids)
+
+    # -- cleanup
+
+    DISTURB = """
+        import os, sys, warnings
+        kept = "the host's"
+        def disturb(folder):
+            global left, kept
+            left = kept = "the task's"
+            sys.path.append("/left")
+            os.environ["LEFT"], os.environ["TO_BE_CHANGED"] = "yes", "changed"
+            os.environ.pop("TO_BE_REMOVED", None)
+            os.chdir(folder)
+            warnings.filterwarnings("ignore", "left")
+        def look(_=None):
+            return (globals().get("left"), "/left" in sys.path, os.environ.get("LEFT"), os.environ.get("TO_BE_CHANGED"),
+                    os.environ.get("TO_BE_REMOVED"), os.getcwd(), any("left" in str(f[1]) for f in warnings.filters))
+        def read(): return kept
+        def disturb_and_look(item, folder):
+            disturb(folder)
+            return look()
+        """
+
+    def test_cleanup_makes_everything_as_it_was_after_each_task(self):
+        at = written(self.DISTURB)
+        before = (None, False, None, "old", "there", os.getcwd(), False)
+        with tempfile.TemporaryDirectory() as folder, changed_environ(TO_BE_REMOVED="there", TO_BE_CHANGED="old"):
+            after = ("the task's", True, "yes", "changed", None, os.path.realpath(folder), True)
+            for options in (*MODES, {"cleanup": True}, {"sync": True}):
+                with self.subTest(**options), daemons(1, **options):
+                    self.assertEqual(outcome(mirai.mirai(at.look)), before)
+                    outcome(mirai.mirai(at.disturb, folder))
+                    self.assertEqual(outcome(mirai.mirai(at.look)), before)
+                    self.assertEqual(outcomes(mirai_map([1], at.disturb_and_look, folder)), [after])
+                    self.assertEqual((outcome(mirai.mirai(at.look)), outcome(mirai.mirai(at.read))), (before, "the host's"))
+                    outcome(mirai.mirai("import os, sys\nos.environ['LEFT'] = sys.path[0] = '/left'\n1 / 0"))
+                    self.assertEqual(outcome(mirai.mirai(at.look)), before)
+
+    def test_cleanup_comes_after_what_was_cancelled_and_where_its_directory_is_gone(self):
+        at = written("""
+            import os
+            def leave(enter, folder):
+                os.environ["LEFT"] = "yes"
+                os.chdir(folder)
+                enter("left")
+                while True: pass
+            def remove(folder):
+                os.chdir(folder)
+                os.rmdir(folder)
+            def look(): return os.environ.get("LEFT"), os.getcwd()
+            """)
+        with tempfile.TemporaryDirectory() as folder, Gate() as gate, daemons(1):
+            m = mirai.mirai(at.leave, gate.enter, folder)
+            gate.arrived()
+            gate.open()
+            m.cancel()
+            self.assertEqual(outcome(mirai.mirai(at.look)), (None, os.getcwd()))
+            os.mkdir(os.path.join(folder, "gone"))
+            self.assertIsNone(outcome(mirai.mirai(at.remove, os.path.join(folder, "gone"))))
+            self.assertEqual(outcome(mirai.mirai(at.look)), (None, os.getcwd()))
+
+    def test_without_cleanup_it_stays(self):
+        at = written(self.DISTURB)
+        with tempfile.TemporaryDirectory() as folder, changed_environ(TO_BE_REMOVED="there", TO_BE_CHANGED="old"):
+            after = ("the task's", True, "yes", "changed", None, os.path.realpath(folder), True)
+            for mode in MODES:
+                with self.subTest(**mode), daemons(1, cleanup=False, **mode):
+                    outcome(mirai.mirai(at.disturb, folder))
+                    self.assertEqual(outcome(mirai.mirai(at.look)), after)
+                    self.assertEqual(outcome(mirai.mirai(at.read)), "the host's")       # what the host has goes along
+
+    def test_without_cleanup_on_the_command_line(self):
+        at = written(self.DISTURB)
+        with tempfile.TemporaryDirectory() as folder, daemons(url="tcp://127.0.0.1:0"):
+            with self.by_hand(status()["daemons"], "--no-cleanup"):
+                joined(1)
+                outcome(mirai.mirai(at.disturb, folder))
+                self.assertEqual(outcome(mirai.mirai(at.look))[:3], ("the task's", True, "yes"))
+
+    # -- output
+
+    @contextlib.contextmanager
+    def hearing(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            yield out, err
+
+    def test_output_shows_all_that_tasks_write_in_order_and_before_the_result(self):
+        for mode in MODES:
+            with self.subTest(**mode), self.hearing() as (out, err), daemons(1, output=True, **mode):
+                for _ in range(3):
+                    m = mirai.mirai(_WRITE)
+                    done, _ = concurrent.futures.wait([m], SOON)
+                    found = out.getvalue(), err.getvalue()
+                    self.assertEqual(m.data, 7)
+                    self.assertEqual(found, ("printed\nwritten\nechoed\nfrom C\nlast\n", "said\nwritten too\nechoed too\n"))
+                    out.truncate(0), out.seek(0), err.truncate(0), err.seek(0)
+
+    def test_output_comes_before_the_result_by_every_way_to_wait(self):
+        async def awaited():
+            return await asyncio.wait_for(asyncio.ensure_future(self._awaited(mirai.mirai(print, "shown"))), SOON)
+
+        with self.hearing() as (out, _), daemons(1, output=True):
+            ways = (lambda m: m.result(SOON), lambda m: m[:], lambda m: m.exception(SOON), lambda m: mirai.collect_mirai(m),
+                    lambda m: wait_until(m.done, SOON), lambda m: wait_until(lambda: not unresolved(m), SOON),
+                    lambda m: asyncio.run(awaited()), lambda m: mirai.race_mirai([m]))
+            for i, way in enumerate(ways):
+                way(mirai.mirai(print, "shown"))
+                with self.subTest(i):
+                    self.assertIn("shown\n", out.getvalue())
+                out.truncate(0), out.seek(0)
+            shown = []
+            called = threading.Event()
+            m = mirai.mirai(print, "shown")
+            m.add_done_callback(lambda m: (shown.append(out.getvalue()), called.set()))
+            self.assertTrue(called.wait(SOON))
+            self.assertIn("shown\n", shown[0])
+
+    @staticmethod
+    async def _awaited(m):
+        return await m
+
+    def test_output_of_a_megabyte_comes_whole(self):
+        for mode in MODES:
+            with self.subTest(**mode), self.hearing() as (out, err), daemons(1, output=True, **mode):
+                text = "".join(f"{i:06d} and more of it\n" for i in range(50_000))
+                self.assertEqual(outcome(mirai.mirai(lambda: [print(f"{i:06d} and more of it") for i in range(50_000)][-1])), None)
+                self.assertEqual(out.getvalue() == text, True, f"{len(out.getvalue())} of {len(text)} characters")
+                outcome(mirai.mirai("import os\nos.write(2, bytes([97]) * 1_000_000)\nos.write(2, b'!')"))
+                self.assertEqual(err.getvalue() == "a" * 1_000_000 + "!", True, f"{len(err.getvalue())} of 1000001")
+
+    def test_output_of_a_line_that_is_not_ended_comes_too(self):
+        with self.hearing() as (out, _), daemons(1, output=True):
+            outcome(mirai.mirai(print, "half", end=""))
+            self.assertEqual(out.getvalue(), "half")
+            outcome(mirai.mirai(print, "the rest", end=""))
+            self.assertEqual(out.getvalue(), "halfthe rest")
+
+    def test_output_is_any_text_and_what_is_none_harms_nobody(self):
+        with self.hearing() as (out, _), daemons(1, output=True):
+            outcome(mirai.mirai(print, "Größe 漢字 \U0001f600"))
+            self.assertEqual(out.getvalue(), "Größe 漢字 \U0001f600\n")
+            outcome(mirai.mirai("import os\nfor b in '漢'.encode(): os.write(1, bytes([b]))\nos.write(1, bytes([10]))"))
+            self.assertEqual(out.getvalue()[-2:], "漢\n")
+            outcome(mirai.mirai("import os; os.write(1, bytes([255, 254, 10, 0, 10]))"))
+            outcome(mirai.mirai(print, "after"))
+            self.assertTrue(out.getvalue().endswith("\nafter\n"))
+
+    def test_output_of_several_daemons_is_mixed_by_whole_lines(self):
+        with self.hearing() as (out, _), daemons(3, output=True):
+            def write(letter):
+                for _ in range(300):
+                    print(letter * 100, flush=True)
+
+            outcomes([mirai.mirai(write, letter) for letter in "abc"])
+            lines = out.getvalue().splitlines()
+            self.assertEqual(sorted(lines), sorted(letter * 100 for letter in "abc" for _ in range(300)))
+
+    def test_output_of_map_items_and_of_everywhere_comes_too(self):
+        for mode in MODES:
+            with self.subTest(**mode), self.hearing() as (out, _), daemons(2, output=True, **mode):
+                outcomes(mirai_map(range(500), lambda i: print(f"item {i}")))
+                self.assertEqual(sorted(out.getvalue().splitlines()), sorted(f"item {i}" for i in range(500)))
+                outcomes(mirai.everywhere("print('everywhere')"))
+                self.assertEqual(out.getvalue().count("everywhere\n"), 2)
+
+    def test_output_of_a_failing_a_cancelled_and_a_dying_task_comes(self):
+        with self.hearing() as (out, err), Gate() as gate, daemons(1, output=True):
+            outcome(mirai.mirai("print('before the failure')\n1 / 0"))
+            self.assertIn("before the failure\n", out.getvalue())
+            m = mirai.mirai("print('before the cancel', flush=True)\nenter(1)\nwhile True: pass", enter=gate.enter)
+            gate.arrived()
+            wait_until(lambda: "before the cancel\n" in out.getvalue(), SOON, "what it says, while it runs")
+            gate.open()
+            m.cancel()
+            lost = outcome(mirai.mirai("import os\nprint('before the end', flush=True)\nos.write(2, b'last words')\nos._exit(3)"))
+            self.assertIsInstance(lost, MiraiConnectionReset)
+            self.assertIn("last words", str(lost))
+            wait_until(lambda: "before the end\n" in out.getvalue() and "last words" in err.getvalue(), SOON)
+            outcome(mirai.mirai(print, "by the next"))
+            self.assertIn("by the next\n", out.getvalue())
+
+    def test_output_of_what_a_task_leaves_running_comes_when_it_comes(self):
+        with self.hearing() as (out, _), daemons(1, output=True):
+            outcome(mirai.mirai("import subprocess\nchild = subprocess.Popen(['sh', '-c', 'sleep 0.2; echo late'])\nNone"))
+            wait_until(lambda: "late\n" in out.getvalue(), SOON, "the late line")
+
+    def test_output_is_dropped_unless_asked_for(self):
+        for mode in MODES:
+            with self.subTest(**mode), self.hearing() as (out, err), daemons(1, **mode):
+                self.assertEqual(outcome(mirai.mirai(_WRITE)), 7)
+                outcome(mirai.mirai(lambda: [print("x" * 100) for _ in range(20_000)][-1]))
+                self.assertEqual((out.getvalue(), err.getvalue()), ("", ""))
+
+    def test_output_goes_to_the_hosts_own_descriptors_in_a_script(self):
+        done = run_python(f"""
+            import mirai
+            print("first")
+            with mirai.daemons(1, output=True):
+                mirai.mirai({_WRITE!r}).result()
+                print("then")
+                mirai.mirai(print, "last of all").result()
+            """)
+        self.assertEqual(done.stdout, "first\nprinted\nwritten\nechoed\nfrom C\nlast\nthen\nlast of all\n")
+        self.assertEqual(done.stderr, "said\nwritten too\nechoed too\n")
+
+    def test_output_ends_no_host_whose_stdout_is_closed_or_broken(self):
+        class Broken(io.StringIO):
+            def write(self, text):
+                raise OSError("no space left")
+
+        with daemons(1, output=True), contextlib.redirect_stdout(Broken()):
+            self.assertEqual(outcome(mirai.mirai("print('lost')\n3")), 3)
+            self.assertEqual(outcome(mirai.mirai(abs, -1)), 1)
+            with contextlib.redirect_stdout(None):
+                self.assertEqual(outcome(mirai.mirai("print('lost')\n4")), 4)
+
+    def test_output_of_a_daemon_that_was_started_by_hand_is_its_own(self):
+        with self.hearing() as (out, _), daemons(url="tcp://127.0.0.1:0"):
+            one = self.by_hand(status()["daemons"], "--output", "--maxtasks", "2")
+            outcome(mirai.mirai(print, "printed"))
+            outcome(mirai.mirai("import os; os.write(2, b'written')"))
+            said, complained = one.process.communicate(timeout=SOON)
+            self.assertIn("printed\n", said + out.getvalue())
+            self.assertIn("written", complained + out.getvalue())
+
+    # -- asyncdial
+
+    def test_asyncdial_waits_for_somebody_to_listen(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for mode, url in zip(MODES, (f"tcp://127.0.0.1:{free_port()}", f"ipc://{folder}/socket")):
+                with self.subTest(**mode):
+                    early = self.by_hand(url, "--asyncdial", key=KEY)
+                    hasty = self.by_hand(url, key=KEY)
+                    self.assertEqual(hasty.status(SOON)[0], 69)
+                    self.assertIsNone(early.process.poll())
+                    with daemons(url=url, key=KEY, **mode):
+                        joined(1)
+                        self.assertEqual(outcome(mirai.mirai(os.getpid)), early.pid)
+                    self.assertEqual(early.status(SOON), (0, ""))
+        with daemons(1, asyncdial=True):
+            self.assertEqual(outcome(mirai.mirai(abs, -1)), 1)
+
+    # -- kill_after
+
+    def test_kill_after_ends_a_daemon_that_does_not_give_back_a_cancelled_task(self):
+        for mode in MODES:
+            with self.subTest(**mode), Gate() as gate, daemons(1, kill_after=0.3, **mode):
+                m = mirai.mirai(_crunch, gate.enter)
+                _, pid = gate.arrived()
+                waiting = mirai.mirai(os.getpid)
+                gate.open()
+                computes(pid)
+                self.assertTrue(m.cancel())
+                self.assertIs(type(m.data), MiraiCancelled)
+                no_more([pid], 3.0)
+                self.assertNotEqual(outcome(waiting), pid)
+                timed = mirai.mirai(_crunch, _timeout=0.2)
+                self.assertIs(type(outcome(timed)), MiraiTimeout)
+                self.assertEqual(outcome(mirai.mirai(abs, -1)), 1)
+
+    def test_kill_after_spares_what_gives_back_its_task(self):
+        with Gate() as gate, daemons(1, kill_after=0.3):
+            for task in (sleeping, looping):
+                m = mirai.mirai(task, gate.enter)
+                _, pid = gate.arrived()
+                gate.open()
+                m.cancel()
+                self.assertEqual(outcome(mirai.mirai(os.getpid)), pid)
+            # a kill for a task that was given back must not hit the next one
+            self.assertEqual(outcome(mirai.mirai("import os, time; time.sleep(0.6); os.getpid()")), pid)
+
+    def test_kill_after_of_a_map_costs_no_other_item(self):
+        with daemons(2, kill_after=0.3):
+            mp = mirai_map(range(40), lambda i: sum(range(10**12)) if i == 20 else i)
+            wait_until(lambda: unresolved(mp) == 1, 5, "all but one")
+            self.assertTrue(mp[20].cancel())
+            values = outcomes(mp)
+            self.assertIs(type(values.pop(20)), MiraiCancelled)
+            self.assertEqual(values, [i for i in range(40) if i != 20])
+            wait_until(lambda: info().cumulative == 3 and connections() == 2, 5, "the successor")
+
+    def test_without_kill_after_nobody_is_killed(self):
+        with Gate() as gate, daemons(1):
+            m = mirai.mirai(_crunch, gate.enter)
+            _, pid = gate.arrived()
+            gate.open()
+            computes(pid)
+            m.cancel()
+            time.sleep(0.7)
+            self.assertTrue(is_alive(pid))
+            launch_local(1)
+            self.assertEqual(outcome(mirai.mirai(abs, -1)), 1)      # the other works
+            self.assertEqual(info().cumulative, 2)
+
+    # -- limits
+
+    def test_limits_end_it_with_a_status_that_nextcode_explains(self):
+        with daemons(url="tcp://127.0.0.1:0"):
+            url = status()["daemons"]
+            for options, text in ((("--idletime", "0.1"), "1 | Daemon idletime limit reached"),
+                                  (("--walltime", "0.1"), "2 | Daemon walltime limit reached")):
+                self.assertEqual(mirai.nextcode(self.by_hand(url, *options).status(SOON)[0]), text)
+            ms = mirai_map(range(7), lambda i: (i, os.getpid()))
+            first = self.by_hand(url, "--maxtasks", "3")
+            self.assertEqual(mirai.nextcode(first.status(SOON)[0]), "3 | Daemon task limit reached")
+            wait_until(lambda: unresolved(ms) == 4, SOON)
+            second, third = self.by_hand(url, "--maxtasks", "2"), self.by_hand(url, "--maxtasks", "2")
+            self.assertEqual({one.status(SOON)[0] for one in (second, third)}, {3})
+            values = outcomes(ms)
+            self.assertEqual([i for i, _ in values], list(range(7)))
+            counts = [[pid for _, pid in values].count(one.pid) for one in (first, second, third)]
+            self.assertEqual(counts, [3, 2, 2])
+            last = self.by_hand(url)
+            joined(1)
+            daemons(0)
+            self.assertEqual(mirai.nextcode(last.status(SOON)[0]), "0 | Daemon connection terminated")
+
+    def test_limits_of_time_let_a_running_task_finish(self):
+        with daemons(url="tcp://127.0.0.1:0"), Gate() as gate:
+            for option, code in (("--idletime", 1), ("--walltime", 2)):
+                one = self.by_hand(status()["daemons"], option, "0.4")
+                m = mirai.mirai(gate.enter, 5)
+                gate.arrived()
+                time.sleep(0.6)
+                self.assertIsNone(one.process.poll())
+                gate.open()
+                self.assertEqual(outcome(m), 5)
+                self.assertEqual(one.status(SOON)[0], code)
+                wait_until(lambda: connections() == 0, SOON)
+
+    def test_limits_in_direct_mode(self):
+        with daemons(url="tcp://127.0.0.1:0", dispatcher=False):
+            url = status()["daemons"]
+            for options, code in ((("--idletime", "0.1"), 1), (("--walltime", "0.1"), 2)):
+                self.assertEqual(self.by_hand(url, *options).status(SOON)[0], code)
+            one = self.by_hand(url, "--maxtasks", "2")
+            self.assertEqual(outcomes([mirai.mirai(os.getpid) for _ in range(2)]), [one.pid] * 2)
+            self.assertEqual(one.status(SOON)[0], 3)
+            m = mirai.mirai(abs, -1)
+            wait_until(lambda: connections() == 0, SOON)
+            self.assertFalse(m.done())
+            self.by_hand(url)
+            self.assertEqual(outcome(m), 1)
+
+    def test_local_daemons_that_idled_out_come_back_when_tasks_wait(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(2, idletime=0.1, **mode):
+                first = set(outcomes(mirai.everywhere(os.getpid)))
+                wait_until(lambda: connections() == 0, SOON)
+                self.assertNotIn(outcome(mirai.mirai(os.getpid)), first)
+            with self.subTest(**mode), daemons(1, walltime=0.2, **mode):
+                pid = outcome(mirai.mirai(os.getpid))
+                wait_until(lambda: not is_alive(pid), SOON)
+                self.assertNotEqual(outcome(mirai.mirai(os.getpid)), pid)
+
+    def test_bad_options_are_told_at_once(self):
+        for error, options in ((ValueError, {"autoexit": "yes"}), (ValueError, {"cleanup": None}), (ValueError, {"output": 1}),
+                               (ValueError, {"asyncdial": "no"}), (ValueError, {"kill_after": 0}), (ValueError, {"kill_after": "1"}),
+                               (ValueError, {"maxtasks": 0}), (ValueError, {"rs": [1, 2]}), (ValueError, {"rs": "seed"}),
+                               (TypeError, {"clean_up": False}), (TypeError, {"auto_exit": None})):
+            name, = options
+            with self.subTest(**options), self.assertRaisesRegex(error, name):
+                daemons(1, **options)
+            with self.subTest(**options), daemons(1), self.assertRaisesRegex(error, name):
+                launch_local(1, **options)
+        for options in (("--autoexit", "maybe"), ("--autoexit",), ("--cleanup",), ("--output", "yes")):
+            with self.subTest(options):
+                self.assertEqual(self.by_hand("tcp://127.0.0.1:1", *options, key=KEY).status(SOON)[0], 64)
+        self.assertFalse(mirai.daemons_set())
+
+    # -- memory
+
+    def used(self):
+        return status()["memory"]["used"]
+
+    def test_memory_is_in_the_status(self):
+        for mode in MODES:
+            with self.subTest(**mode), Gate() as gate, daemons(1, memory=1_000_000, **mode):
+                held = mirai.mirai(gate.enter)
+                gate.arrived()
+                before = status()["memory"]
+                self.assertEqual((set(before), before["capacity"]), ({"used", "peak", "capacity"}, 1_000_000))
+                self.assertLess(before["used"], 10_000)
+                ms = [mirai.mirai(len, bytes(300_000)) for _ in range(2)]
+                now = status()["memory"]
+                self.assertTrue(600_000 <= now["used"] <= 620_000, now)
+                self.assertGreaterEqual(now["peak"], now["used"])
+                gate.open()
+                self.assertEqual(outcomes(ms), [300_000] * 2)
+                wait_until(lambda: self.used() == 0, SOON, "nothing in use")
+                self.assertGreaterEqual(status()["memory"]["peak"], 600_000)
+                outcome(held)
+
+    def test_memory_that_is_spent_makes_mirai_wait_and_try_mirai_none(self):
+        for mode in MODES:
+            with self.subTest(**mode), Gate() as gate, daemons(1, memory=1_000_000, **mode):
+                held = mirai.mirai(gate.enter)
+                gate.arrived()
+                ms = []
+                for _ in range(100):
+                    m = mirai.try_mirai(len, bytes(300_000))
+                    if m is None:
+                        break
+                    ms.append(m)
+                self.assertTrue(3 <= len(ms) <= 4, len(ms))
+                blocked = threading.Thread(target=lambda: ms.append(mirai.mirai(len, bytes(300_000))), daemon=True)
+                blocked.start()
+                blocked.join(0.3)
+                self.assertTrue(blocked.is_alive())
+                self.assertIsNone(mirai.try_mirai(len, bytes(300_000)))
+                self.assertLessEqual(self.used(), 1_300_000)
+                gate.open()
+                blocked.join(SOON)
+                self.assertFalse(blocked.is_alive())
+                self.assertEqual(outcomes(ms), [300_000] * len(ms))
+                self.assertEqual(outcome(mirai.try_mirai(len, bytes(300_000))), 300_000)
+                outcome(held)
+
+    def test_memory_is_given_back_by_cancels_timeouts_errors_and_deaths(self):
+        with daemons(1, memory=1_000_000):
+            for end in ("cancel", "timeout", "error", "death"):
+                with self.subTest(end), Gate() as gate:
+                    held = mirai.mirai(gate.enter)
+                    _, pid = gate.arrived()
+                    m = mirai.mirai(lambda data: 1 / 0, bytes(900_000), _timeout=0.1 if end == "timeout" else None)
+                    other = mirai.try_mirai(len, bytes(900_000))
+                    if end == "cancel":
+                        m.cancel()
+                    elif end == "death":
+                        os.kill(pid, signal.SIGKILL)
+                    elif end == "error":
+                        gate.open()
+                    outcome(m)
+                    gate.open()
+                    outcomes([held, *filter(None, [other])])
+                    wait_until(lambda: self.used() == 0, SOON, "nothing in use")
+                    self.assertEqual(mirai.mirai(len, bytes(900_000)).result(SOON), 900_000)
+
+    def test_memory_lets_a_payload_through_that_is_larger_than_all_of_it(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(1, memory=1000, **mode):
+                done = _at_once(1, lambda i: outcome(mirai.mirai(len, bytes(100_000))))
+                self.assertEqual(done, [100_000])
+                self.assertEqual(outcomes(mirai_map([bytes(2000)] * 20, len)), [2000] * 20)
+                self.assertEqual(outcomes([mirai.mirai(len, bytes(900)) for _ in range(20)]), [900] * 20)
+
+    def test_memory_that_many_threads_wait_for_goes_to_all_of_them(self):
+        with daemons(2, memory=100_000):
+            found = _at_once(8, lambda i: [outcome(mirai.mirai(len, bytes(60_000 + i))) for _ in range(10)])
+            self.assertEqual(found, [[60_000 + i] * 10 for i in range(8)])
+
+    def test_memory_that_is_waited_for_ends_with_the_reset_and_with_ctrl_c(self):
+        with Gate() as gate:
+            daemons(1, memory=1000)
+            held = mirai.mirai(gate.enter, "x" * 5000)
+            gate.arrived()
+            blocked = threading.Thread(target=self._submit, daemon=True)
+            blocked.start()
+            blocked.join(0.2)
+            self.assertTrue(blocked.is_alive())
+            daemons(0)
+            blocked.join(SOON)
+            self.assertFalse(blocked.is_alive())
+            self.assertIsInstance(held.data, MiraiConnectionReset)
+        done = run_python("""
+            import mirai, os, signal, threading
+            with mirai.daemons(1, memory=1000):
+                held = mirai.mirai("import time; len(x) + time.sleep(1000)", x="x" * 5000)
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+                try:
+                    mirai.mirai(len, "x" * 5000)
+                    print("not interrupted")
+                except KeyboardInterrupt:
+                    print("interrupted", held.cancel(), mirai.mirai(len, "x" * 5000).result(20))
+            """, timeout=SOON)
+        self.assertEqual((done.stderr, done.stdout.strip()), ("", "interrupted True 5000"))
+
+    @staticmethod
+    def _submit():
+        with contextlib.suppress(Exception):
+            mirai.mirai(len, bytes(5000))
+
+    def test_without_a_budget_try_mirai_is_mirai(self):
+        self.assertEqual(outcome(mirai.try_mirai(abs, -1)), 1)          # in a process of its own
+        for mode in (*MODES, {"sync": True}):
+            with self.subTest(**mode), daemons(1, **mode):
+                ms = [mirai.try_mirai(pow, i, 2, _timeout=SOON, _retries=1) for i in range(50)]
+                self.assertEqual(outcomes(ms), [i * i for i in range(50)])
+                self.assertEqual(outcome(mirai.try_mirai("a + b", a=1, b=2)), 3)
+                with self.assertRaises(TypeError):
+                    mirai.try_mirai(print, threading.Lock())
+
+    def test_memory_must_be_a_number_of_bytes(self):
+        for wrong in (-1, 0, "1GB", True, 1.5):
+            with self.subTest(wrong), self.assertRaisesRegex((TypeError, ValueError), "memory"):
+                daemons(1, memory=wrong)
+            self.assertFalse(mirai.daemons_set())
+
+
 # -- 12. Nursery
 
 
@@ -10292,7 +11052,7 @@ class TestNursery(Case):
     def expect_gone(self, pids, seconds):
         """Every process ends within so many seconds; what did not is killed."""
         try:
-            wait_until(lambda: not any(map(is_alive, pids)), seconds, "the end of all processes")
+            no_more(pids, seconds)
         finally:
             for pid in pids:
                 if is_alive(pid):
@@ -10586,12 +11346,6 @@ class TestNursery(Case):
         self.assertEqual(len(set(pids)), 8)
         wait_until(lambda: info().connections == 2, 2.0, "two new daemons")
 
-    def test_daemons_that_idle_out_come_back_when_tasks_wait(self):
-        self.set_daemons(1, idletime=0.05)
-        first = mirai.mirai(os.getpid).result(LONG)
-        wait_until(lambda: info().connections == 0)
-        self.assertNotEqual(mirai.mirai(os.getpid).result(LONG), first)
-
     def test_setting_and_resetting_leaves_nothing_behind(self):
         def held():
             nursery = nursery_pid()
@@ -10660,18 +11414,6 @@ class TestNursery(Case):
             """)
         self.assertEqual((said, errors), ("printed\nagain\n", "last words"))
 
-    def test_with_output_items_of_a_map_and_calls_for_all_are_shown(self):
-        said, _ = self.outputs("""
-            with daemons(2, output=True):
-                mirai.everywhere("print('all')")[:]
-                print("|", end="", flush=True)
-                mirai.mirai_map(range(100), lambda x: print(x))[:]
-                print("|", end="", flush=True)
-            """)
-        calls, items, rest = said.split("|")
-        self.assertEqual((calls.split(), rest), (["all", "all"], ""))
-        self.assertEqual(sorted(map(int, items.split())), list(range(100)))
-
     def test_with_output_that_of_daemons_without_a_page_comes_before_their_result_as_well(self):
         said, _ = self.outputs("""
             with daemons(1, output=True, autoexit=None):
@@ -10692,19 +11434,11 @@ class TestNursery(Case):
     def pid_of_the_one(self):
         return mirai.mirai(os.getpid).result(LONG)
 
-    def ends_with_the_test(self, pid):
-        def end():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-        self.addCleanup(wait_until, lambda: not is_alive(pid))
-        self.addCleanup(end)
-
     def test_daemons_that_wait_for_a_next_host_are_spared_and_serve_it(self):
         url, key = mirai.local_url(), os.urandom(32)
         self.set_daemons(1, url=url, key=key, autoexit=False)
         pid = self.pid_of_the_one()
-        self.ends_with_the_test(pid)
+        self.end_with_the_test(pid)
         daemons(0)
         self.assertTrue(is_alive(pid))
         for _ in range(2):
@@ -10727,7 +11461,7 @@ class TestNursery(Case):
                 time.sleep(1000)
                 """) as host:
             pid = int(host.line())
-            self.ends_with_the_test(pid)
+            self.end_with_the_test(pid)
             family = family_of(host.pid)
             os.kill(host.pid, signal.SIGKILL)
             self.expect_gone([other for other in family if other != pid], 1.0)
@@ -10739,28 +11473,6 @@ class TestNursery(Case):
         daemons(None)
         self.expect_gone([pid], 2.0)
 
-    def test_daemons_that_finish_their_task_first_are_spared_as_long_as_it_takes(self):
-        with Gate() as gate, tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "file")
-
-            def run(enter, path):
-                enter()
-                print("printed", flush=True)
-                with open(path, "w") as file:
-                    file.write("done")
-
-            self.set_daemons(2, autoexit=None)
-            mirai.mirai(run, gate.enter, path)
-            busy = gate.arrived()[1]
-            self.ends_with_the_test(busy)
-            pids = [pid for pid in family_of(nursery_pid()) if pid != busy]
-            daemons(0)
-            self.expect_gone(pids, 1.0)
-            self.assertTrue(is_alive(busy))
-            gate.open()
-            self.expect_gone([busy], 2.0)
-            self.assertTrue(os.path.exists(path))
-
     def test_daemons_of_one_profile_are_spared_and_those_of_another_are_not(self):
         with Gate() as gate:
             self.set_daemons(1, autoexit=None)
@@ -10768,7 +11480,7 @@ class TestNursery(Case):
             daemons(1, compute="other")
             held = [mirai.mirai(gate.enter, "spared"), mirai.mirai(gate.enter, "ends", _compute="other")]
             pids = dict(gate.arrived() for _ in held)
-            self.ends_with_the_test(pids["spared"])
+            self.end_with_the_test(pids["spared"])
             daemons(0)
             daemons(0, compute="other")
             self.expect_gone([pids["ends"]], 1.0)
@@ -10787,7 +11499,7 @@ class TestNursery(Case):
                 self.set_daemons(1, kill_after=0.1, autoexit=autoexit)
                 m = mirai.mirai(stubborn, gate.enter)
                 pid = gate.arrived()[1]
-                self.ends_with_the_test(pid)
+                self.end_with_the_test(pid)
                 gate.open()
                 m.cancel()
                 self.expect_gone([pid], 3.0)
@@ -10815,24 +11527,6 @@ class TestNursery(Case):
             gate.open()
             m.cancel()
             self.assertEqual(self.pid_of_the_one(), pid)
-
-    def test_in_direct_mode_what_a_killed_host_had_started_is_gone_a_second_later_with_its_files(self):
-        with Host("""
-                import mirai, os, time
-                mirai.daemons(2, dispatcher=False)
-                ms = [mirai.mirai("while True: pass") for _ in range(2)]
-                while mirai.info().executing < 2:
-                    time.sleep(0.001)
-                print(mirai.status()["daemons"])
-                time.sleep(1000)
-                """) as host:
-            url = host.line()
-            family = family_of(host.pid)
-            self.assertEqual(len(family), 3)
-            mirai.find_key(url)
-            os.kill(host.pid, signal.SIGKILL)
-            self.expect_gone(family, 1.0)
-            self.expect_no_files(url)
 
     def test_in_direct_mode_a_reset_ends_the_daemons_and_the_thread_and_gives_the_descriptors_back(self):
         def held():
@@ -10887,8 +11581,9 @@ class TestNursery(Case):
             self.set_daemons(1)         # the nursery is there
             gc.collect()
             before = descriptors(), threading.active_count()
-            with self.assertRaisesRegex(mirai.LaunchError, "can't listen at"):
-                daemons(1, f"tcp://127.0.0.1:{taken.getsockname()[1]}", dispatcher=False, compute="other")
+            url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+            with self.assertRaisesRegex(mirai.LaunchError, "can't listen at " + re.escape(url)):
+                daemons(1, url, dispatcher=False, compute="other")
             gc.collect()
             self.assertEqual((descriptors(), threading.active_count()), before)
 
@@ -10968,6 +11663,63 @@ def _end_process(how):
 
 
 HOW_IT_SHOWS = {"SIGKILL": "SIGKILL", "segfault": "SIGSEGV", "os._exit": "exited with status 3", "quit": "exited with status 0"}
+
+
+def written(source, name="__main__"):
+    """A script of the host: what `source` defines, in a module that no daemon can import."""
+    module = types.ModuleType(name)
+    exec(compile(textwrap.dedent(source), f"<{name}>", "exec"), vars(module))
+    return module
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def _note_after(enter, path):
+    """What it does shows, though nobody may be left to hear of it."""
+    enter("noting")
+    with open(path, "w") as file:
+        file.write("done")
+
+
+class Noted:
+    """A path at which a task leaves a file."""
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = os.path.join(self.folder.name, "noted")
+        return self
+
+    def __exit__(self, *_):
+        self.folder.cleanup()
+
+    def done(self):
+        return os.path.exists(self.path) and os.path.getsize(self.path) == len("done")
+
+
+def _draw(_=None):
+    return random.random()
+
+
+def _numpy_draw(_=None):
+    import numpy
+    return float(numpy.random.random())
+
+
+def _draw_after_death(path):
+    """Ends its daemon at the first try."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return random.random()
+    return os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _name(name):
+    """Source for the value of a global name, None where there is none."""
+    return f"globals().get({name!r})"
 
 
 # -- 13. Mirai
@@ -11378,7 +12130,7 @@ class TestMirai(Case):
 # -- 14. Link
 
 
-CANCELS = 10_000 if os.environ.get("MIRAI_LONG") else 1_500
+CANCELS = 10_000 if MIRAI_LONG else 1_500
 
 
 class TestLink(Case):
@@ -12130,7 +12882,7 @@ class TestProfiles(Case):
             gc.collect()
             return {**Case._held(), "of the nursery": len(os.listdir(f"/proc/{nursery_pid()}/fd"))}
 
-        rounds = 200 if os.environ.get("MIRAI_LONG") else 40
+        rounds = 200 if MIRAI_LONG else 40
         before = None
         for i in range(rounds + 3):
             daemons(2)
@@ -12236,6 +12988,751 @@ class TestProfiles(Case):
             done = subprocess.run([sys.executable, "-W", "error", "-X", "dev", path], stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, text=True, timeout=LONG, env={**os.environ, "PYTHONPATH": HERE})
         self.assertEqual((done.stdout.split(), done.stderr, done.returncode), (["1", "[1,", "2]", "190", "1000", "5"], "", 0))
+
+
+# -- modes: dispatcher=False and sync=True
+
+
+def code_names(value):
+    """What an error value says of itself, to compare it with that of another run."""
+    if isinstance(value, mirai.ErrorValue):
+        return type(value).__name__, value.code, list(getattr(value, "condition_class", ()))
+    return value
+
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+    def __eq__(self, other):
+        return type(other) is type(self) and other.x == self.x
+
+
+class Demanding(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+        self.one = one
+
+
+def _fail_demandingly():
+    raise Demanding(1, 2)
+
+
+def _shift(point, by=1):
+    return Point(point.x + by)
+
+
+def _surroundings():
+    """What tasks may change of a process."""
+    state = [sys.path[:], dict(os.environ), os.getcwd(), warnings.filters[:], random.getstate()]
+    if "numpy" in sys.modules:
+        import numpy
+        state.append([list(part) if hasattr(part, "tolist") else part for part in numpy.random.get_state()])
+    return state
+
+
+def _disturb(folder):
+    """Changes all of it."""
+    sys.path.insert(0, folder)
+    os.environ["DISTURBED"] = "yes"
+    os.environ.pop("TO_BE_REMOVED", None)
+    os.environ["TO_BE_CHANGED"] = "changed"
+    os.chdir(folder)
+    warnings.simplefilter("error")
+    random.seed(99)
+    if "numpy" in sys.modules:
+        import numpy
+        numpy.random.seed(99)
+    return random.random()
+
+
+def _breadth_of_tasks():
+    """One of each kind of task: what the host gets, errors as their names."""
+    offset = 10
+    ms = [mirai.mirai(lambda x: x + offset, 1), mirai.mirai("a + b", a=1, b=2), mirai.mirai("x = 1"),
+          mirai.mirai(_shift, Point(1), by=2), mirai.mirai(bytes, 3_000_000), mirai.mirai(len, bytes(3_000_000)),
+          mirai.mirai(lambda: 1 / 0), mirai.mirai("1 / 0"), mirai.mirai(_fail_demandingly), mirai.mirai(sys.exit, 3),
+          mirai.mirai(_raise, KeyboardInterrupt()), mirai.mirai(_raise, StopIteration(1)), mirai.mirai(threading.Lock),
+          mirai.mirai(mirai.on_daemon)]
+    maps = [mirai_map(range(-50, 50), abs), mirai_map({"a": Point(1), "b": Point(2)}, _shift), mirai_map([1, 0], lambda x: 1 / x),
+            mirai_map([(1, 2), (3, 4)], pow, _star=True), mirai_map([], abs)]
+    values = outcomes(ms) + [outcomes(mp) for mp in maps]
+    return [list(map(code_names, v)) if type(v) is list else code_names(v) for v in values]
+
+
+class TestModes(Case):
+    # -- direct: the host listens itself
+
+    def test_values_and_errors_are_those_of_a_dispatcher(self):
+        found = []
+        for mode in (*MODES, {"sync": True}):
+            with daemons(2, **mode):
+                found.append(_breadth_of_tasks())
+        self.assertEqual(found[0][:6], [11, 3, None, Point(3), bytes(3_000_000), 3_000_000])
+        self.assertEqual([value[0] for value in found[0][6:13]],
+                         ["MiraiError"] * 4 + ["MiraiInterrupt"] + ["MiraiError"] * 2)
+        self.assertTrue(found[0][13])
+        self.assertEqual(found[1], found[0])
+        self.assertEqual(found[2], found[0])
+
+    def test_errors_are_raised_as_they_are_with_a_dispatcher(self):
+        for options in ({"dispatcher": False}, {"sync": True}):
+            with self.subTest(**options), daemons(1, **options):
+                m = mirai.mirai(_fail_demandingly)
+                with self.assertRaisesRegex(Demanding, "1 and 2") as caught:
+                    m.result(LONG)
+                self.assertEqual((caught.exception.one, caught.exception.__cause__), (1, m.data))
+                self.assertIn("_fail_demandingly", m.data.stack_trace)
+                with self.assertRaisesRegex(TypeError, r"args\[1\]\.lock: cannot pickle"):
+                    mirai.mirai(print, 1, types.SimpleNamespace(lock=threading.Lock()))
+                with self.assertRaises(SyntaxError):
+                    mirai.mirai("1 +")
+                with self.assertRaises(ZeroDivisionError):
+                    mirai_map([1, 0], lambda x: 1 / x).results()
+
+    def test_tasks_go_to_the_daemons_in_turn(self):
+        with daemons(2, dispatcher=False):
+            pids = [outcome(mirai.mirai(os.getpid)) for _ in range(10)]
+            self.assertEqual(pids, pids[:2] * 5)
+            self.assertEqual(len(set(pids)), 2)
+
+    def test_a_task_that_blocks_its_daemon_stops_no_other_daemon(self):
+        with Gate() as gate, daemons(2, dispatcher=False):
+            held = mirai.mirai(gate.enter)
+            _, blocked = gate.arrived()
+            ms = [mirai.mirai(os.getpid) for _ in range(6)]
+            wait_until(lambda: sum(m.done() for m in ms) >= 3, SOON, "three of six")
+            self.assertNotIn(blocked, [m.data for m in ms if m.done()])
+            self.assertFalse(held.done())
+            gate.open()
+            self.assertEqual(outcomes(ms).count(blocked), 3)
+            self.assertIsNone(outcome(held))
+
+    def test_results_are_taken_while_nobody_waits(self):
+        with daemons(2, dispatcher=False):
+            ms = [mirai.mirai(bytes, 1_000_000) for _ in range(10)]
+            called = threading.Event()
+            ms[-1].add_done_callback(lambda m: called.set())
+            self.assertTrue(called.wait(SOON))
+            wait_until(lambda: all(m.done() for m in ms), SOON)
+
+    def test_threads_and_event_loops_may_use_it(self):
+        async def work(i):
+            return await mirai.mirai(lambda x: x + 1, i)
+
+        async def main():
+            return await asyncio.wait_for(asyncio.gather(*(work(i) for i in range(50))), SOON)
+
+        with daemons(2, dispatcher=False):
+            self.assertEqual(_at_once(8, lambda i: [outcome(mirai.mirai(pow, i, 2)) for _ in range(25)]),
+                             [[i * i] * 25 for i in range(8)])
+            self.assertEqual(asyncio.run(main()), list(range(1, 51)))
+
+    def test_a_cancel_reaches_what_runs_and_what_waits(self):
+        for task in (sleeping, looping, calling):
+            with self.subTest(task=task.__name__), Noted() as note, Gate() as gate, daemons(1, dispatcher=False):
+                running = mirai.mirai(task, gate.enter)
+                _, pid = gate.arrived()
+                waiting = mirai.mirai(_note_after, str, note.path)
+                last = mirai.mirai(os.getpid)
+                self.assertTrue(waiting.cancel())
+                gate.open()
+                self.assertTrue(running.cancel())
+                self.assertEqual([type(m.data) for m in (running, waiting)], [MiraiCancelled] * 2)
+                self.assertFalse(running.cancel())
+                self.assertEqual(outcome(last), pid)        # the daemon has survived it
+                self.assertFalse(os.path.exists(note.path))
+
+    def test_a_timeout_ends_what_runs_and_what_waits(self):
+        with Noted() as note, daemons(1, dispatcher=False):
+            pid = outcome(mirai.mirai(os.getpid))
+            running = mirai.mirai(time.sleep, 1000, _timeout=0.2)
+            waiting = mirai.mirai(_note_after, str, note.path, _timeout=0.1)
+            self.assertEqual([type(v) for v in outcomes([running, waiting])], [MiraiTimeout] * 2)
+            self.assertEqual(outcome(mirai.mirai(os.getpid)), pid)
+            self.assertFalse(os.path.exists(note.path))
+
+    def test_a_killed_daemon_costs_the_task_that_ran_and_is_replaced(self):
+        with Gate() as gate, daemons(1, dispatcher=False):
+            running = mirai.mirai(gate.enter)
+            _, pid = gate.arrived()
+            ms = [mirai.mirai(os.getpid) for _ in range(5)]
+            os.kill(pid, signal.SIGKILL)
+            pids = set(outcomes(ms))
+            self.assertEqual(len(pids - {pid}), 1)
+            self.assertIs(type(outcome(running)), MiraiConnectionReset)
+            self.assertRegex(str(running.data), f"{pid}.*SIGKILL")
+            os.kill(pids.pop(), signal.SIGKILL)         # an idle one, too
+            wait_until(lambda: info().cumulative == 3 and connections() == 1, SOON, "the third")
+            with Noted() as note:
+                self.assertIsInstance(outcome(mirai.mirai(_draw_after_death, note.path, _retries=1)), float)
+
+    def test_of_a_map_exactly_the_items_that_kill_are_lost(self):
+        with daemons(2, dispatcher=False):
+            values = outcomes(mirai_map(range(300), lambda i: os.kill(os.getpid(), 9) if i % 100 == 50 else i))
+            lost = [i for i, value in enumerate(values) if isinstance(value, MiraiConnectionReset)]
+            self.assertEqual(lost, [50, 150, 250])
+            self.assertEqual([v for i, v in enumerate(values) if i not in lost], [i for i in range(300) if i not in lost])
+
+    def test_daemons_of_few_tasks_are_replaced(self):
+        with daemons(2, dispatcher=False, maxtasks=3):
+            self.assertEqual(outcomes(mirai_map(range(-20, 0), abs)), list(range(20, 0, -1)))
+            self.assertGreaterEqual(len(set(outcomes([mirai.mirai(os.getpid) for _ in range(12)]))), 4)
+
+    def test_resetting_makes_the_unresolved_19s_and_ends_all(self):
+        with Gate() as gate:
+            daemons(2, dispatcher=False)
+            pids = outcomes(mirai.everywhere(os.getpid))
+            ms = [mirai.mirai(gate.enter) for _ in range(2)]
+            gate.arrived(), gate.arrived()
+            ms += [mirai.mirai(abs, -1), *mirai_map([1, 2], abs)]
+            self.assertFalse(daemons(0))
+            self.assertEqual({type(m.data) for m in ms}, {MiraiConnectionReset})
+            self.assertIn("reset", str(ms[0].data))
+            no_more(pids)
+            self.assertEqual((info(), mirai.daemons_set()), (None, False))
+            self.assertEqual(outcome(mirai.mirai(abs, -1)), 1)      # in a process of its own
+
+    def test_what_a_killed_host_had_started_is_gone_a_second_later(self):
+        for url in ("None", "'tcp://127.0.0.1:0'"):
+            with self.subTest(url=url), Gate() as gate, Host(f"""
+                    import mirai, time, socket
+                    def busy(address):
+                        with socket.create_connection(address) as sock:
+                            sock.sendall(b"[0, 0]\\n")
+                        while True:
+                            pass
+                    mirai.daemons(2, url={url}, dispatcher=False)
+                    ms = [mirai.mirai(busy, {gate.address!r}) for _ in range(3)]
+                    print(mirai.status()["daemons"])
+                    time.sleep(1000)
+                    """) as host:
+                gate.arrived(), gate.arrived()
+                where = host.line()
+                family = family_of(host.pid)
+                self.assertEqual(len(family), 3)        # nursery and two daemons
+                host.process.kill()
+                no_more(family, 1.0)
+                with self.assertRaises(mirai.Refused):
+                    mirai.find_key(where)               # nor is its key left
+
+    def test_hosts_end_at_once_and_in_silence_though_tasks_are_unresolved(self):
+        for ending in ("", "sys.exit(3)", "raise KeyError"):
+            with self.subTest(ending=ending):
+                started = time.monotonic()
+                done = run_python(f"""
+                    import mirai, sys, time
+                    mirai.daemons(2, dispatcher=False)
+                    pids = mirai.everywhere("import os; os.getpid()")[:]
+                    ms = [mirai.mirai(time.sleep, 1000) for _ in range(4)]
+                    print(*pids)
+                    {ending}
+                    """)
+                self.assertLess(time.monotonic() - started, 10)
+                self.assertEqual(done.returncode, {"": 0, "sys.exit(3)": 3}.get(ending, 1))
+                self.assertEqual(done.stderr.replace("KeyError\n", "").partition("Traceback")[0], "")
+                no_more(list(map(int, done.stdout.split())), 1.0)
+
+    def test_a_forked_child_sees_no_daemons_and_leaves_its_parents_alone(self):
+        done = run_python("""
+            import mirai, os, sys, warnings
+            warnings.simplefilter("ignore")
+            with mirai.daemons(2, dispatcher=False):
+                m = mirai.mirai(lambda: [input_ for input_ in range(3)])
+                held = mirai.mirai("import time; time.sleep(0.5); 5")
+                child = os.fork()
+                if child == 0:
+                    found = mirai.daemons_set(), mirai.info()
+                    alone = mirai.mirai(abs, -4).result(30)
+                    print(*found, alone, flush=True)
+                    mirai._at_exit()
+                    os._exit(0)
+                status = os.waitpid(child, 0)[1]
+                print(m.result(30), held.result(30), mirai.mirai(abs, -1).result(30), status)
+            """)
+        self.assertEqual((done.stderr, done.stdout.split("\n")), ("", ["False None 4", "[0, 1, 2] 5 1 0", ""]))
+
+    def test_ctrl_c_interrupts_the_wait_and_nothing_else(self):
+        done = run_python("""
+            import mirai, os, signal, threading
+            mirai.daemons(1, dispatcher=False)
+            m = mirai.mirai("import time; time.sleep(0.6); 7")
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            try:
+                print("not interrupted", m.result(30))
+            except KeyboardInterrupt:
+                print("interrupted", m.done())
+            print(m.result(30), mirai.mirai(abs, -1).result(30))
+            """)
+        self.assertEqual((done.stderr, done.stdout.splitlines()), ("", ["interrupted False", "7 1"]))
+
+    def test_daemons_that_are_started_by_hand_join(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for url in ("tcp://127.0.0.1:0", f"ipc://{folder}/socket"):
+                with self.subTest(url=url), daemons(url=url, dispatcher=False):
+                    first = mirai.mirai(os.getpid)
+                    self.assertEqual((connections(), first.done()), (0, False))
+                    actual = status()["daemons"]
+                    self.assertTrue(actual.startswith(url.rstrip("0")))
+                    with ByHand(actual) as one:
+                        self.assertEqual(outcome(first), one.pid)
+                        with ByHand(actual) as two, ByHand(actual, key="00" * 32) as stranger:
+                            joined(2)
+                            self.assertEqual({outcome(mirai.mirai(os.getpid)) for _ in range(4)}, {one.pid, two.pid})
+                            self.assertEqual(stranger.status(SOON)[0], 77)
+                            with Gate() as gate:
+                                ms = [mirai.mirai(sleeping, gate.enter) for _ in range(2)]
+                                killed = {gate.arrived()[1] for _ in ms}
+                                self.assertEqual(killed, {one.pid, two.pid})
+                                os.kill(two.pid, signal.SIGKILL)
+                                gate.open()
+                                wait_until(lambda: sum(m.done() for m in ms) == 1, SOON)
+                                lost, = (m for m in ms if m.done())
+                                self.assertIs(type(lost.data), MiraiConnectionReset)
+                                self.assertEqual(sorted(stop_mirai(ms)), [False, True])
+                        joined(1)
+                        self.assertEqual(outcome(mirai.mirai(os.getpid)), one.pid)
+                        daemons(0)
+                        self.assertEqual(one.status(SOON), (0, ""))
+
+    def test_local_ones_and_those_from_elsewhere_work_side_by_side(self):
+        with daemons(1, url="tcp://127.0.0.1:0", dispatcher=False), ByHand(status()["daemons"]) as one:
+            joined(2)
+            launch_local(1)
+            pids = set(outcomes(mirai.everywhere(os.getpid)))
+            self.assertEqual(len(pids), 3)
+            self.assertIn(one.pid, pids)
+            self.assertEqual({outcome(mirai.mirai(os.getpid)) for _ in range(3)}, pids)
+
+    def test_silent_strangers_hold_up_nobody(self):
+        with daemons(1, url="tcp://127.0.0.1:0", dispatcher=False), contextlib.ExitStack() as stack:
+            address = mirai.parse_url(status()["daemons"])
+            for i in range(20):
+                sock = stack.enter_context(socket.create_connection((address.host, address.port)))
+                if i % 2:
+                    sock.sendall(os.urandom(100))
+            with ByHand(status()["daemons"]):
+                joined(2)
+                self.assertEqual(outcomes([mirai.mirai(abs, -1) for _ in range(10)]), [1] * 10)
+
+    def test_what_needs_a_dispatcher_or_tls_is_refused_without(self):
+        config = mirai.serial_config(threading.Event, lambda x: b"", lambda data: threading.Event())
+        with self.assertRaisesRegex(ValueError, "serial.*dispatcher"):
+            daemons(1, dispatcher=False, serial=config)
+        for mode in MODES:
+            for name in ("remote", "tls", "pass_"):
+                with self.subTest(name, **mode), self.assertRaisesRegex((TypeError, ValueError), name):
+                    daemons(1, url="tcp://127.0.0.1:0", **mode, **{name: "something"})
+                self.assertFalse(mirai.daemons_set())
+
+    # -- sync: in this process
+
+    def test_sync_is_this_process_and_is_resolved_at_the_call(self):
+        daemons(sync=True)                      # the example of R's own page
+        m = mirai.mirai(os.getpid)
+        daemons(0)
+        self.assertEqual((m.done(), m.data, m[:], m.result()), (True, *[os.getpid()] * 3))
+        daemons(sync=True, compute="sync")
+        with mirai.with_daemons("sync"):
+            m = mirai.mirai(os.getpid)
+        daemons(0, compute="sync")
+        self.assertEqual(m[:], os.getpid())
+        self.assertFalse(mirai.daemons_set("sync"))
+
+    def test_sync_has_no_processes_and_disregards_the_other_arguments(self):
+        done = run_python("""
+            import mirai, os
+            with mirai.daemons(3, url="tcp://127.0.0.1:0", sync=True, dispatcher=False, maxtasks=1, key="ab" * 32) as found:
+                print(bool(found), mirai.daemons_set(), mirai.require_daemons())
+                print([mirai.mirai(os.getpid)[:] == os.getpid() for _ in range(3)])
+                print(open(f"/proc/self/task/{os.getpid()}/children").read().split())
+            """)
+        self.assertEqual((done.stderr, done.stdout.splitlines()), ("", ["True True True", "[True, True, True]", "[]"]))
+
+    def test_sync_errors_are_values_and_end_nothing(self):
+        with daemons(sync=True):
+            for f, kind in ((lambda: 1 / 0, MiraiError), (lambda: sys.exit(3), MiraiError), (lambda: _raise(KeyboardInterrupt()), MiraiInterrupt),
+                            (lambda: _raise(GeneratorExit()), MiraiError), (threading.Lock, MiraiError), ("no_such_name", MiraiError)):
+                m = mirai.mirai(f)
+                self.assertIs(type(m.data), kind, m.data)
+                self.assertTrue(mirai.is_error_value(m[:]))
+            with self.assertRaises(NameError):
+                m.result()
+            deep = mirai.mirai("def f(n): return f(n + 1)\nf(0)")
+            self.assertIn("RecursionError", deep.data.condition_class[0])
+
+    def test_sync_goes_through_the_serializer(self):
+        at = written("""
+            rows = [1]
+            def change(values):
+                rows.append(2)
+                values.append(len(rows))
+                return values
+            """)
+        with daemons(sync=True):
+            mine = [1]
+            self.assertEqual(mirai.mirai(at.change, mine)[:], [1, 2])
+            self.assertEqual((mine, at.rows), ([1], [1]))
+            self.assertEqual(mirai.mirai(at.change, mine)[:], [1, 2])
+            value = mirai.mirai(_shift, Point(1)).result()
+            self.assertIs(type(value), Point)
+
+    def test_sync_leaves_the_host_as_it_was(self):
+        with contextlib.suppress(ImportError):
+            import numpy            # noqa: F401
+        with tempfile.TemporaryDirectory() as folder, changed_environ(TO_BE_REMOVED="there", TO_BE_CHANGED="old"):
+            for options in ({}, {"seed": 3}):
+                before = _surroundings()
+                with self.subTest(**options), daemons(sync=True, **options):
+                    self.assertIsInstance(mirai.mirai(_disturb, folder)[:], float)
+                    self.assertEqual(_surroundings(), before)
+                    self.assertEqual(mirai_map([folder] * 3, _disturb)[:], [random.Random(99).random()] * 3)
+                    self.assertEqual(_surroundings(), before)
+                    self.assertIsInstance(mirai.mirai(lambda f: [_disturb(f), 1 / 0], folder)[:], MiraiError)
+                    self.assertEqual(_surroundings(), before)
+                    mirai.mirai(random.random)
+                    self.assertEqual(_surroundings(), before)
+                self.assertEqual(_surroundings(), before)
+
+    def test_sync_names_that_tasks_assign_are_forgotten(self):
+        at = written("""
+            counter = 1
+            def count():
+                global counter, left
+                counter += 1
+                left = True
+                return counter
+            def look(): return globals().get("left"), counter
+            """)
+        with daemons(sync=True):
+            self.assertEqual([mirai.mirai(at.count)[:] for _ in range(3)], [2, 2, 2])
+            self.assertEqual((mirai.mirai(at.look)[:], at.counter, hasattr(at, "left")), ((None, 1), 1, False))
+            mirai.mirai("import math as left_here; x_left = 1")
+            self.assertIsNone(mirai.mirai(_name("x_left"))[:])
+        self.assertFalse({"left_here", "x_left", "left"} & set(vars(sys.modules["__main__"])))
+
+    def test_sync_maps_and_the_other_verbs(self):
+        with daemons(sync=True):
+            mp = mirai_map({"a": 1, "b": 0}, lambda x: 1 / x)
+            self.assertEqual((mp[:]["a"], type(mp[:]["b"]), unresolved(mp), len(mp)), (1.0, MiraiError, 0, 2))
+            self.assertEqual(mirai_map(range(5), pow, 2).results(), [0, 1, 4, 9, 16])
+            m = mirai.mirai(abs, -1)
+            self.assertEqual((mirai.stop_mirai(m), m.cancel(), mirai.race_mirai([m]), mirai.call_mirai(m) is m), (False, False, 0, True))
+            self.assertEqual((mirai.collect_mirai([m, m]), mirai.try_mirai(abs, -2)[:]), ([1, 1], 2))
+            self.assertEqual(concurrent.futures.wait([m], 1).done, {m})
+            called = threading.Event()
+            m.add_done_callback(lambda m: called.set())
+            self.assertTrue(called.wait(SOON))
+            self.assertEqual((mirai.on_daemon(), mirai.mirai(mirai.on_daemon)[:], mirai.on_daemon()), (False, True, False))
+            self.assertEqual(asyncio.run(self._awaited()), [5, 3, [1, 2]])
+            self.assertEqual(mirai.mirai(abs, -1, _timeout=5, _retries=2)[:], 1)
+
+    @staticmethod
+    async def _awaited():
+        mp = mirai_map([-1, -2], abs)
+        return [await mirai.mirai(abs, -5), await asyncio.wait_for(mirai.mirai(abs, -3), SOON), sorted([v async for v in mp])]
+
+    def test_sync_takes_items_of_a_generator_one_at_a_time(self):
+        with daemons(sync=True):
+            taken = []
+            mp = mirai_map((taken.append(i) or i for i in range(10**9)), lambda i: i * i)
+            self.assertEqual([m[:] for m, _ in zip(mp, range(3))], [0, 1, 4])
+            self.assertLess(len(taken), 10_000)
+
+    def test_sync_in_several_threads_at_once(self):
+        with daemons(sync=True, compute="threads"):
+            def work(i):
+                return [mirai.mirai(lambda x: (x, mirai.on_daemon()), i, _compute="threads")[:] for _ in range(20)]
+            self.assertEqual(_at_once(4, work), [[(i, True)] * 20 for i in range(4)])
+
+    def test_sync_tasks_may_call_for_others(self):
+        at = written("""
+            import mirai
+            level = 10
+            def helper(x): return x * level
+            def inner(x):
+                global level
+                level += 1
+                return helper(x)
+            def outer(x):
+                global level
+                level = 20
+                found = mirai.mirai(inner, x).result(), mirai.mirai_map([1, 2], helper).results()
+                return found, level, helper(x), mirai.on_daemon()
+            """)
+        with daemons(sync=True):
+            self.assertEqual(outcome(mirai.mirai(at.outer, 1)), ((21, [20, 40]), 20, 20, True))
+            self.assertEqual((at.level, mirai.on_daemon()), (10, False))
+
+    def test_sync_output_is_the_hosts(self):
+        with daemons(sync=True), contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            mirai.mirai(print, "printed")
+            mirai.mirai("import sys; print('said', file=sys.stderr)")
+        self.assertEqual((out.getvalue(), err.getvalue()), ("printed\n", "said\n"))
+
+    def test_breakpoint_works_in_sync_mode(self):
+        code = """
+            import mirai
+            level = 40
+            def add(x):
+                y = x + level
+                breakpoint()
+                return y
+            mirai.daemons(sync=True)
+            print("value", mirai.mirai(add, 2)[:])
+            print("values", mirai.mirai_map([1, 3], add)[:])
+            """
+        done = run_python(code, input="p y * 1000\nwhere\nup\ndown\nc\np y * 1000\nc\np y * 1000\nc\n", timeout=SOON)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for text in ("42000", "value 42", "41000", "43000", "values [41, 43]", "add()"):
+            self.assertIn(text, done.stdout)
+
+    def test_quitting_the_debugger_is_an_error_value(self):
+        done = run_python("""
+            import mirai
+            mirai.daemons(sync=True)
+            m = mirai.mirai("breakpoint()\\nx = 1\\nx")
+            print(type(m[:]).__name__, m[:].condition_class[0], mirai.mirai("2")[:])
+            """, input="q\ny\n", timeout=SOON)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, "MiraiError (bdb.BdbQuit|SystemExit) 2")      # 3.14 exits
+
+    def test_ctrl_c_ends_a_task_in_sync_mode(self):
+        with Gate() as gate, Host(f"""
+                import mirai, os, socket, time
+                mirai.daemons(sync=True)
+                def work(address):
+                    os.environ["WORKED"] = "yes"
+                    with socket.create_connection(address) as sock:
+                        sock.sendall(b"[0, 0]\\n")
+                        sock.recv(1)
+                        time.sleep(1000)
+                try:
+                    m = mirai.mirai(work, {gate.address!r})
+                    print(type(m[:]).__name__)
+                except KeyboardInterrupt:
+                    print("KeyboardInterrupt")
+                print(os.environ.get("WORKED"), mirai.on_daemon(), mirai.mirai(abs, -3)[:])
+                """) as host:
+            gate.arrived()
+            os.kill(host.pid, signal.SIGINT)
+            self.assertIn(host.line(), ("KeyboardInterrupt", "MiraiInterrupt"))
+            self.assertEqual(host.line(), "None False 3")
+            self.assertEqual(host.process.wait(SOON), 0)
+
+
+# -- seeds
+
+
+def _drawn(**options):
+    """What tasks draw with these daemons: singly, in maps, and singly again."""
+    with daemons(**options):
+        one = [mirai.mirai(_draw) for _ in range(5)]
+        many = mirai_map(range(60), lambda i: [i, random.random(), random.gauss(0, 1)])
+        few = mirai_map({"a": 1, "b": 2}, _draw)
+        last = mirai.mirai("import random\nrandom.randrange(10**9)")
+        return outcomes(one) + outcomes(many) + list(outcomes(few).values()) + [outcome(last)]
+
+
+class TestSeeds(Case):
+    WAYS = ({"n": 1}, {"n": 2}, {"n": 5}, {"n": 2, "dispatcher": False}, {"n": 5, "dispatcher": False}, {"sync": True},
+            {"n": 2, "maxtasks": 3}, {"n": 2, "maxtasks": 3, "dispatcher": False}, {"n": 2, "cleanup": False})
+
+    def test_a_seed_gives_the_same_results_whoever_evaluates(self):
+        expected = None
+        for options in self.WAYS:
+            found = _drawn(seed=1, **options)
+            expected = expected or found
+            with self.subTest(**options):
+                self.assertEqual(found, expected)
+
+    def test_a_seed_gives_the_same_results_in_chunks_of_any_size(self):
+        self.addCleanup(mirai._fixed_chunk.__setitem__, 0, mirai._fixed_chunk[0])
+        found = []
+        for size in (None, 1, 7, 1000):
+            mirai._fixed_chunk[0] = size
+            for n in (1, 3):
+                found.append(_drawn(n=n, seed=1))
+        self.assertEqual(found, found[:1] * 8)
+
+    def test_another_seed_gives_others_and_no_two_tasks_draw_the_same(self):
+        drawn = []
+        for seed in (0, 1, -1, 2**31 - 1):
+            drawn.append(_drawn(n=2, seed=seed))
+            with self.subTest(seed=seed):
+                self.assertEqual(_drawn(sync=True, seed=seed), drawn[-1])
+                flat = [x for value in drawn[-1] for x in (value[1:] if type(value) is list else [value])]
+                self.assertEqual(len(set(flat)), len(flat))
+        for i, one in enumerate(drawn):
+            for other in drawn[:i]:
+                self.assertFalse([a for a, b in zip(one, other) if a == b])
+
+    def test_a_mirai_and_an_item_at_the_same_place_draw_the_same(self):
+        for mode in (*MODES, {"sync": True}):
+            with self.subTest(**mode), daemons(1, seed=9, **mode):
+                singly = outcomes([mirai.mirai(_draw, i) for i in range(6)])
+                daemons(1, seed=9, **mode)
+                self.assertEqual(outcomes(mirai_map(range(6), _draw)), singly)
+                daemons(1, seed=9, **mode)
+                self.assertEqual(outcomes(mirai_map((i for i in range(6)), _draw)), singly)
+
+    def test_a_task_that_is_run_again_draws_the_same(self):
+        with daemons(1, seed=4):
+            expected = outcomes([mirai.mirai(_draw) for _ in range(3)])
+        with Noted() as note, daemons(1, seed=4):
+            found = [mirai.mirai(_draw), mirai.mirai(_draw_after_death, note.path, _retries=1), mirai.mirai(_draw)]
+            self.assertEqual(outcomes(found), expected)
+
+    def test_what_a_task_does_to_the_generator_reaches_no_other(self):
+        with daemons(1, seed=4):
+            expected = outcomes([mirai.mirai(_draw) for _ in range(3)])
+        with daemons(1, seed=4):
+            one, _, two = (mirai.mirai(f) for f in (_draw, "import random; random.seed(1); random.random()", _draw))
+            self.assertEqual(outcomes([one, two]), expected[::2])
+
+    def test_the_order_of_the_calls_decides_and_not_that_of_the_tasks(self):
+        with daemons(1, seed=6):
+            expected = outcomes([mirai.mirai(_draw) for _ in range(4)])
+        with Gate() as gate, daemons(2, seed=6):
+            late = mirai.mirai("enter(1)\nimport random\nrandom.random()", enter=gate.enter)
+            gate.arrived()
+            others = outcomes([mirai.mirai(_draw) for _ in range(3)])
+            gate.open()
+            self.assertEqual([outcome(late), *others], expected)
+
+    def drawn_by_hand(self, rs, **mode):
+        """What a daemon that is started with a stream draws in its first three tasks."""
+        with daemons(url="tcp://127.0.0.1:0", **mode), ByHand(status()["daemons"], "--rs", *map(str, rs)):
+            joined(1)
+            return outcomes([mirai.mirai(_draw) for _ in range(3)])
+
+    def test_rs_is_the_stream_that_a_daemon_begins_with(self):
+        one, two = r_streams()[1][:2]
+        for mode in MODES:
+            with self.subTest(**mode):
+                drawn = [self.drawn_by_hand(rs, **mode) for rs in (one, two, one)]
+                self.assertEqual(drawn[0], drawn[2])
+                self.assertEqual(len({*drawn[0], *drawn[1]}), 6)
+
+    def test_the_stream_of_a_seeds_first_mirai_is_what_nextstream_would_have_given(self):
+        with daemons(1, seed=42):
+            drawn = [outcome(mirai.mirai(_draw)) for _ in range(2)]
+        self.assertEqual(drawn, [self.drawn_by_hand(rs)[0] for rs in r_streams()[42][:2]])
+
+    # -- without a seed
+
+    def test_without_a_seed_the_generator_is_never_rewound(self):
+        for options in (*MODES, {"cleanup": False}):
+            with self.subTest(**options), daemons(1, **options):
+                drawn = outcomes([mirai.mirai(_draw) for _ in range(30)]) + outcomes(mirai_map(range(30), _draw))
+                self.assertEqual(len(set(drawn)), 60)
+                ours = random.Random(5)
+                self.assertEqual(outcome(mirai.mirai("import random; random.seed(5); random.random()")), ours.random())
+                self.assertEqual(outcome(mirai.mirai(_draw)), ours.random())        # it goes on from there
+                self.assertEqual(outcomes(mirai_map(range(3), _draw)), [ours.random() for _ in range(3)])
+                outcomes(mirai.everywhere("import random; random.seed(6)"))
+                self.assertEqual(outcome(mirai.mirai(_draw)), random.Random(6).random())
+
+    def test_daemons_and_their_successors_never_repeat_each_others_numbers(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(2, maxtasks=2, **mode):
+                drawn = outcomes([mirai.mirai(_draw) for _ in range(16)])
+                self.assertEqual(len(set(drawn)), 16)
+            with self.subTest(**mode), daemons(3, **mode):
+                drawn += outcomes(mirai.everywhere(_draw))
+                for pid in outcomes(mirai.everywhere(os.getpid)):
+                    os.kill(pid, signal.SIGKILL)
+                wait_until(lambda: info().cumulative == 6 and connections() == 3, SOON, "three new daemons")
+                launch_local(1)
+                drawn += outcomes(mirai.everywhere(_draw))
+                self.assertEqual(len(set(drawn)), 16 + 3 + 4)
+
+    def test_each_of_the_processes_without_daemons_draws_its_own(self):
+        drawn = outcomes([mirai.mirai(_draw) for _ in range(8)])
+        self.assertEqual(len(set(drawn)), 8)
+
+    def test_a_seeded_host_draws_on_undisturbed_and_does_not_seed_its_daemons(self):
+        state = random.getstate()
+        self.addCleanup(random.setstate, state)
+        drawn = []
+        for _ in range(2):
+            random.seed(7)
+            with daemons(1):
+                drawn.append(outcome(mirai.mirai(_draw)))
+            with daemons(1, seed=3):
+                outcome(mirai.mirai(_draw))
+            with daemons(sync=True):
+                drawn.append(mirai.mirai(_draw)[:])
+            with daemons(sync=True, seed=3):
+                mirai.mirai(_draw)
+            self.assertEqual(random.random(), random.Random(7).random())
+        self.assertEqual(len(set(drawn)), 4)
+
+    def test_in_sync_mode_tasks_draw_on_though_the_hosts_generator_stays(self):
+        with daemons(sync=True):
+            drawn = [mirai.mirai(_draw)[:] for _ in range(10)] + mirai_map(range(10), _draw)[:]
+            self.assertEqual(len(set(drawn)), 20)
+
+    # -- numpy
+
+    @needs("numpy")
+    def test_numpy_is_seeded_too_whether_it_is_there_or_gets_imported_in_the_task(self):
+        found = []
+        for options in ({"n": 1}, {"n": 3}, {"n": 2, "dispatcher": False}, {"n": 2, "maxtasks": 1}, {"sync": True}):
+            for early in (False, True):
+                with daemons(seed=11, **options):
+                    if early:
+                        outcomes(mirai.everywhere("import numpy.random"))
+                    ms = [mirai.mirai(_numpy_draw) for _ in range(4)]
+                    late = mirai.mirai("x = __import__('random').random()\nimport numpy as np\n[x, float(np.random.random())]")
+                    mp = mirai_map(range(6), _numpy_draw)
+                    found.append(outcomes(ms) + outcome(late) + outcomes(mp))
+        self.assertEqual(len(set(found[0])), len(found[0]))
+        self.assertEqual(found, found[:1] * 10)
+
+    @needs("numpy")
+    def test_numpy_does_not_draw_what_random_draws(self):
+        for source in ("import numpy.random", "1"):
+            with daemons(1, seed=1):
+                outcomes(mirai.everywhere(source))
+                found = outcome(mirai.mirai("import random, numpy\n[f() for f in (random.random, numpy.random.random) for _ in range(3)]"))
+                self.assertEqual(len(set(found)), 6)
+
+    @needs("numpy")
+    def test_numpy_imported_in_whichever_way_is_seeded(self):
+        sources = ("import numpy; float(numpy.random.random())", "from numpy.random import random; float(random())",
+                   "import numpy.random as r; float(r.random())", "import importlib; float(importlib.import_module('numpy.random').random())",
+                   "import numpy as np; float(np.random.random_sample())")
+        found = set()
+        for source in sources:
+            with daemons(1, seed=8):
+                found.add(outcome(mirai.mirai(source)))
+        self.assertEqual(len(found), 1)
+
+    @needs("numpy")
+    def test_numpy_without_a_seed_is_never_rewound_nor_repeated(self):
+        import numpy
+        for mode in MODES:
+            with self.subTest(**mode), daemons(2, maxtasks=4, **mode):
+                drawn = outcomes([mirai.mirai(_numpy_draw) for _ in range(16)])
+                self.assertEqual(len(set(drawn)), 16)
+        with daemons(1):
+            ours = numpy.random.RandomState(5)
+            self.assertEqual(outcome(mirai.mirai("import numpy; numpy.random.seed(5); float(numpy.random.random())")), ours.random_sample())
+            self.assertEqual(outcome(mirai.mirai(_numpy_draw)), ours.random_sample())
+
+    @needs("numpy")
+    def test_numpy_that_the_host_has_is_left_alone(self):
+        import numpy
+        self.addCleanup(numpy.random.set_state, numpy.random.get_state())
+        for options in ({"sync": True}, {"sync": True, "seed": 1}, {"n": 1, "seed": 1}):
+            numpy.random.seed(5)
+            expected = numpy.random.RandomState(5).random_sample()
+            with self.subTest(**options), daemons(**options):
+                outcome(mirai.mirai(_numpy_draw))
+                outcomes(mirai_map(range(3), _numpy_draw))
+                outcome(mirai.mirai("import numpy; numpy.random.seed(1)"))
+                self.assertEqual(numpy.random.random(), expected)
 
 
 # -- 16. mirai, map, collect: the verbs
@@ -12589,6 +14086,2409 @@ class TestVerbs(Case):
                 wait_until(lambda: not any(map(is_alive, family)), 1.0, "the end of all that the host began")
 
 
+# -- maps
+
+
+class Trace:
+    """Where map items say that they begin and end, in a file that knows whether any ran twice."""
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = os.path.join(self.folder.name, "trace")
+        return self
+
+    def __exit__(self, *_):
+        self.folder.cleanup()
+
+    def lines(self):
+        with contextlib.suppress(FileNotFoundError), open(self.path) as file:
+            return [(word, int(item), int(pid)) for word, item, pid in map(str.split, file)]
+        return []
+
+    def _of(self, wanted):
+        return [item for word, item, _ in self.lines() if word == wanted]
+
+    def order(self):
+        """The items in the order in which they began."""
+        return self._of("begin")
+
+    def begun(self):
+        return collections.Counter(self._of("begin"))
+
+    def ended(self):
+        return collections.Counter(self._of("end"))
+
+
+def _note(path, word, item):
+    """One line in one write, appended: those of many processes do not mix."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(fd, f"{word} {item} {os.getpid()}\n".encode())
+    finally:
+        os.close(fd)
+
+
+def _item(item, path, enter=None, held=(), seconds=0.0):
+    """A map item: twice its number. It says that it begins and ends; those of `held` stop at a gate in between."""
+    _note(path, "begin", item)
+    if item in held:
+        enter(item)
+    if seconds:
+        time.sleep(seconds)
+    _note(path, "end", item)
+    return 2 * item
+
+
+def _held(item, enter, held):
+    """The same without a trace."""
+    return enter(item) if item in held else item
+
+
+def _deadly(item, path, ways):
+    """A map item that ends its daemon where `ways` says how."""
+    _note(path, "begin", item)
+    if item in ways:
+        _end_process(ways[item])
+    _note(path, "end", item)
+    return item
+
+
+def _deadly_at_first(item, path, deadly, times):
+    """A map item that ends its daemon as often as `times` says, and then lives."""
+    _note(path, "begin", item)
+    if item in deadly:
+        with open(path) as file:
+            if sum(line.startswith(f"begin {item} ") for line in file) <= times:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def _note_any(x, path):
+    _note(path, "begin", 0)
+
+
+def _id(x):
+    return x
+
+
+class _Loud:
+    """Says in a file where it is made anew from its bytes; `size` bytes of ballast."""
+
+    def __init__(self, path, size):
+        self.path, self.ballast = path, bytes(size)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        _note(self.path, "load", len(self.ballast))
+
+
+class _Locked:
+    def __init__(self):
+        self.lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def granting(size):
+    """Maps give daemons so many items at a time, whatever they take."""
+    before = mirai._fixed_chunk[0]
+    mirai._fixed_chunk[0] = size
+    try:
+        yield
+    finally:
+        mirai._fixed_chunk[0] = before
+
+
+class Forwarder:
+    """A port that passes everything on to a TCP URL, and counts the bytes that come back to those who dialed it."""
+
+    def __init__(self, url):
+        host, _, port = url.rpartition("//")[2].rpartition(":")
+        self.target = host, int(port)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = "tcp://127.0.0.1:%d" % self.listener.getsockname()[1]
+        self.count = 0
+        self.lock = threading.Lock()
+        self.socks = [self.listener]
+        self.threads = [threading.Thread(target=self._accept)]
+        self.threads[0].start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for sock in self.socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(LONG)
+        for sock in self.socks:
+            sock.close()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                far = socket.create_connection(self.target)
+                self.socks += [near, far]
+                for pair in ((near, far, False), (far, near, True)):
+                    self.threads.append(threading.Thread(target=self._pass, args=pair))
+                    self.threads[-1].start()
+
+    def _pass(self, source, sink, counted):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 18):
+                if counted:
+                    with self.lock:
+                        self.count += len(data)
+                sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+# Tables of libraries that may not be there: what of their surface a map may use.
+
+
+class _FakeIndex(list):
+    def tolist(self):
+        return list(self)
+
+    to_list = tolist
+
+
+class _FakeArray:
+    """numpy.ndarray of one or two dimensions; it travels as lists."""
+
+    def __init__(self, values):
+        self.values = values
+        self.ndim = 2 if values and isinstance(values[0], list) else 1
+        self.shape = (len(values), len(values[0])) if self.ndim == 2 else (len(values),)
+        self.size, self.dtype = len(values), types.SimpleNamespace(names=None, kind="i", hasobject=False)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, i):
+        return _FakeArray(self.values[i]) if self.ndim == 2 else self.values[i]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def tolist(self):
+        return [list(row) for row in self.values] if self.ndim == 2 else list(self.values)
+
+    def __bool__(self):
+        raise ValueError("The truth value of an array with more than one element is ambiguous")
+
+    def __eq__(self, other):
+        raise ValueError("arrays are compared by element")
+
+    def __reduce__(self):
+        return list, (self.tolist(),)
+
+
+class _FakeTable:
+    """What the tables have in common: columns with names, an ambiguous truth, iteration that gives no rows."""
+
+    ndim = 2
+
+    def __init__(self, columns, index=None):
+        self._columns = columns
+        self._index = range(len(next(iter(columns.values()), []))) if index is None else index
+        self.shape = len(self._index), len(columns)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def _rows(self):
+        return [tuple(row) for row in zip(*self._columns.values())]
+
+    def _dicts(self):
+        return [dict(zip(self._columns, row)) for row in self._rows()]
+
+    def __bool__(self):
+        raise ValueError("The truth value of a table is ambiguous")
+
+    def __eq__(self, other):
+        raise ValueError("tables are compared by element")
+
+    def __reduce__(self):
+        raise TypeError("a whole table should not travel")
+
+
+class _FakePandas(_FakeTable):
+    def __iter__(self):
+        return iter(self._columns)
+
+    @property
+    def columns(self):
+        return _FakeIndex(self._columns)
+
+    @property
+    def index(self):
+        return _FakeIndex(self._index)
+
+    def __getitem__(self, name):
+        return _FakeIndex(self._columns[name])
+
+    def items(self):
+        return [(name, self[name]) for name in self._columns]
+
+    def keys(self):
+        return self.columns
+
+    def itertuples(self, index=True, name="Pandas"):
+        rows = [(label, *row) if index else row for label, row in zip(self._index, self._rows())]
+        if name is None:
+            return iter(rows)
+        fields = (["Index"] if index else []) + [str(column) for column in self._columns]
+        return map(collections.namedtuple(name, fields, rename=True)._make, rows)
+
+    def to_dict(self, orient="dict", **_):
+        if orient == "records":
+            return self._dicts()
+        if orient == "list":
+            return dict(self._columns)
+        if orient == "split":
+            return {"index": list(self._index), "columns": list(self._columns), "data": [list(row) for row in self._rows()]}
+        return {name: dict(zip(self._index, values)) for name, values in self._columns.items()}
+
+
+class _FakePolars(_FakeTable):
+    def __iter__(self):
+        return iter(self._columns.values())
+
+    @property
+    def columns(self):
+        return list(self._columns)
+
+    @property
+    def height(self):
+        return self.shape[0]
+
+    @property
+    def width(self):
+        return self.shape[1]
+
+    def iter_rows(self, *, named=False, buffer_size=512):
+        return iter(self.rows(named=named))
+
+    def rows(self, *, named=False):
+        return self._dicts() if named else self._rows()
+
+    def row(self, i, *, named=False):
+        return self.rows(named=named)[i]
+
+    def to_dicts(self):
+        return self._dicts()
+
+
+class _FakeArrow(_FakeTable):
+    def __getitem__(self, key):
+        return self.column(key)
+
+    def column(self, key):
+        values = list(self._columns[self.column_names[key] if isinstance(key, int) else key])
+        return types.SimpleNamespace(to_pylist=lambda: values)
+
+    @property
+    def column_names(self):
+        return list(self._columns)
+
+    @property
+    def columns(self):
+        return [self.column(name) for name in self._columns]
+
+    def itercolumns(self):
+        return iter(self.columns)
+
+    @property
+    def schema(self):
+        return types.SimpleNamespace(names=self.column_names)
+
+    @property
+    def num_rows(self):
+        return self.shape[0]
+
+    @property
+    def num_columns(self):
+        return self.shape[1]
+
+    def to_pylist(self):
+        return self._dicts()
+
+    def to_pydict(self):
+        return {name: list(values) for name, values in self._columns.items()}
+
+    def to_batches(self, *_, **__):
+        return [self]
+
+
+@contextlib.contextmanager
+def fake_library(cls, package, module, name):
+    """A class that passes for `package.name`: so it is called, and there its package has it."""
+    kind = type(name, (cls,), {"__module__": module})
+    there = types.ModuleType(package)
+    setattr(there, name, kind)
+    before = {key: sys.modules.pop(key) for key in list(sys.modules) if key.partition(".")[0] == package}
+    sys.modules[package] = there
+    if module != package:
+        sys.modules[module] = there
+    try:
+        yield kind
+    finally:
+        for key in {package, module}:
+            sys.modules.pop(key, None)
+        sys.modules.update(before)
+
+
+class TestMaps(Case):
+    def setUp(self):
+        super().setUp()
+        self._alarm = signal.signal(signal.SIGALRM, self._hangs)
+        signal.setitimer(signal.ITIMER_REAL, LONG, 10.0)
+
+    def tearDown(self):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._alarm)
+        daemons(0)      # whatever a test that failed has left
+        super().tearDown()
+
+    @staticmethod
+    def _hangs(*_):
+        raise AssertionError(f"no end within {LONG} s")
+
+    def settled(self, mp, but=0, timeout=10.0):
+        wait_until(lambda: unresolved(mp) <= but, timeout, f"all but {but} items' end")
+
+    # -- chunks and order
+
+    def test_a_hundred_thousand_items_come_back_in_their_order(self):
+        with daemons(2):
+            mp = mirai_map(range(100_000), lambda x: x * x)
+            self.assertEqual(len(mp), 100_000)
+            self.assertEqual(mp.results(), [x * x for x in range(100_000)])
+            self.assertEqual((mp[0].result(), mp[-1].result(), mp[77_777].data), (0, 99_999 ** 2, 77_777 ** 2))
+            self.assertEqual((unresolved(mp), repr(mp)), (0, "<mirai map: 100000 of 100000 resolved>"))
+            wait_until(lambda: info()[2:] == (0, 0, 100_000), 10, "every item's being counted")
+
+    def test_every_grant_size_and_number_of_daemons_gives_the_same(self):
+        def work(x):
+            return x // (x % 100 - 50)
+
+        expected = [x // (x % 100 - 50) if x % 100 != 50 else ZeroDivisionError for x in range(1000)]
+        for n, size in itertools.product((1, 3), (None, 1, 2, 7, 64, 999, 1000, 4096)):
+            with self.subTest(n=n, size=size), granting(size), daemons(n):
+                mp = mirai_map(range(1000), work)
+                self.assertEqual([getattr(m.exception(SOON), "__class__", None) is ZeroDivisionError for m in mp],
+                                 [x % 100 == 50 for x in range(1000)])
+                self.assertEqual([ZeroDivisionError if mirai.is_mirai_error(v) else v for v in mp[:]], expected)
+
+    def test_tiny_items_cost_a_fraction_of_one_task_each(self):
+        def took(size):
+            with granting(size), daemons(2):
+                mirai_map(range(100), operator.neg)[:]
+                begin = time.perf_counter()
+                self.assertEqual(mirai_map(range(20_000), operator.neg).results()[-1], -19_999)
+                return time.perf_counter() - begin
+
+        pairs = [(took(None), took(1)) for _ in range(3)]
+        self.assertLess(min(a for a, _ in pairs), 0.5 * min(b for _, b in pairs), pairs)
+
+    def test_a_long_item_holds_none_of_the_others_up_wherever_it_is(self):
+        for size, place in itertools.product((None, 64, 4096), (0, 5, 300, 1999)):
+            with self.subTest(size=size, place=place), Trace() as trace, Gate() as gate, granting(size), daemons(2):
+                mp = mirai_map(range(2000), _item, trace.path, gate.enter, (place,))
+                self.settled(mp, but=1)
+                self.assertFalse(mp[place].done())
+                gate.arrived()
+                gate.open()
+                self.assertEqual(mp.results(), list(range(0, 4000, 2)))
+                self.assertEqual(trace.begun(), collections.Counter(range(2000)))
+
+    def test_a_long_item_that_holds_the_interpreter_lock_holds_none_of_the_others_up(self):
+        def work(x, place):
+            return len(f"{3 ** 6_000_000:x}") if x == place else x      # C code that lets nobody in: some seconds
+
+        for size in (None, 64):
+            with self.subTest(size=size), granting(size), daemons(2):
+                mp = mirai_map(range(500), work, 20)
+                self.settled(mp, but=1)
+                self.assertFalse(mp[20].done())
+
+    def test_items_that_were_granted_to_a_daemon_that_is_stopped_run_elsewhere(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(2):
+                mp = mirai_map(range(200), _item, trace.path, gate.enter, (20,))
+                pid = gate.arrived()[1]
+                os.kill(pid, signal.SIGSTOP)
+                try:
+                    self.settled(mp, but=1)
+                finally:
+                    os.kill(pid, signal.SIGCONT)
+                gate.open()
+                self.assertEqual(mp.results(), list(range(0, 400, 2)))
+                self.assertEqual(trace.begun(), collections.Counter(range(200)))
+
+    def test_two_long_items_of_one_chunk_run_on_two_daemons(self):
+        for size in (None, 64, 4096):
+            with self.subTest(size=size), Gate() as gate, granting(size), daemons(2):
+                mp = mirai_map(range(100), _held, gate.enter, (7, 8))
+                first, second = gate.arrived(), gate.arrived()
+                self.assertEqual({first[0], second[0]}, {7, 8})
+                self.assertNotEqual(first[1], second[1])
+                gate.open()
+                self.assertEqual(mp[:], list(range(100)))
+
+    def test_an_items_value_is_there_while_a_later_one_of_its_chunk_runs(self):
+        for size, url in itertools.product((None, 64), (None, "tcp://127.0.0.1:0")):
+            with self.subTest(size=size, url=url), Gate() as gate, granting(size), daemons(1, url=url):
+                mp = mirai_map(range(60), _held, gate.enter, (40,))
+                self.assertEqual([mp[i].result(10) for i in range(40)], list(range(40)))
+                self.assertEqual((mp[40].done(), mp[41].done(), unresolved(mp)), (False, False, 20))
+                self.assertEqual(mp.data, [*range(40), *[mirai.UNRESOLVED] * 20])
+                gate.arrived()
+                gate.open()
+                self.assertEqual(mp[:], list(range(60)))
+
+    def test_with_one_daemon_items_begin_in_their_order(self):
+        for size in (None, 1, 64):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(1):
+                mirai_map(range(500), _item, trace.path)[:]
+                self.assertEqual(trace.order(), list(range(500)))
+
+    def test_a_map_and_what_is_submitted_before_and_after_it_begin_in_the_order_of_submission(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(1):
+                mirai.mirai(gate.enter)
+                gate.arrived()
+                order = [mirai.mirai(_item, i, trace.path) for i in range(5)]
+                order += mirai_map(range(5, 105), _item, trace.path)
+                order += [mirai.mirai(_item, 105, trace.path)]
+                order += mirai_map(range(106, 206), _item, trace.path)
+                order += [mirai.mirai(_item, 206, trace.path)]
+                gate.open()
+                self.settled(order)
+                self.assertEqual(trace.order(), list(range(207)))
+
+    def test_a_task_after_a_running_map_waits_for_its_items_but_not_for_its_long_ones(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Gate() as gate, granting(size), daemons(2):
+                mp = mirai_map(range(500), _held, gate.enter, (3,))
+                after = mirai.mirai(abs, -1)
+                self.assertEqual(after.result(10), 1)
+                self.assertFalse(mp[3].done())
+                gate.arrived()
+                gate.open()
+
+    def test_what_is_mapped_is_what_it_was_at_the_call(self):
+        def offset(x):
+            return x[0] + len(x) + more[0]
+
+        more = [10]
+        items = [[i] for i in range(500)]
+        with Gate() as gate, daemons(1):
+            mirai.mirai(gate.enter)
+            gate.arrived()
+            mp = mirai_map(items, offset)
+            for x in items:
+                x.append(0)
+            items.clear()
+            more[0] = 20
+            gate.open()
+            self.assertEqual(mp[:], list(range(11, 511)))
+
+    def test_every_collection_that_has_a_size_is_mapped_by_its_elements(self):
+        table = {"a": 1, "b": 2, "c": 3}
+        with daemons(2):
+            for items in ([3, 1, 2], (3, 1, 2), range(3, 30, 7), {3, 1, 2}, frozenset((3, 1)), table.keys(), table.values(),
+                          table.items(), collections.deque([3, 1, 2]), "abc", b"abc", bytearray(b"abc"), memoryview(b"abc"),
+                          array.array("d", [1.5, 2.5]), collections.Counter("aab").elements(), [None, False, 0, "", ()]):
+                is_lazy = hasattr(items, "__next__")
+                with self.subTest(items=items):
+                    mp = mirai_map(items, lambda x: (x, type(x).__name__))
+                    expected = [(x, type(x).__name__) for x in (["a", "a", "b"] if is_lazy else items)]
+                    if not is_lazy:
+                        self.assertEqual(len(mp), len(expected))
+                    self.assertEqual((mp[:], mp.names), (expected, None))
+
+    def test_arguments_that_make_no_sense_raise_at_the_call_and_say_what_would(self):
+        with daemons(1):
+            for error, text, call in (
+                    (TypeError, "3", lambda: mirai_map(3, abs)),
+                    (TypeError, "None", lambda: mirai_map(None, abs)),
+                    (TypeError, "callable", lambda: mirai_map([1], "abs")),
+                    (TypeError, "callable", lambda: mirai_map([1], None)),
+                    (TypeError, "_promise", lambda: mirai_map([1], abs, _promise=3)),
+                    (TypeError, "_promise", lambda: mirai_map([1], abs, _promise=(print, 3))),
+                    ((TypeError, ValueError), "_promise", lambda: mirai_map([1], abs, _promise=(print, print, print))),
+                    (TypeError, "_star", lambda: mirai_map([1], abs, _stra=True)),
+                    (TypeError, "_promise", lambda: mirai_map([1], abs, _promises=print)),
+                    (TypeError, "_timeout", lambda: mirai_map([1], abs, _time_out=1)),
+                    (ValueError, "_timeout", lambda: mirai_map([1], abs, _timeout=-1)),
+                    (ValueError, "_retries", lambda: mirai_map([1], abs, _retries=-1))):
+                with self.subTest(text=text), self.assertRaises(error) as caught:
+                    call()
+                self.assertIn(text, str(caught.exception))
+            self.assertEqual(mirai_map([-1], abs)[:], [1])
+
+    def test_a_map_goes_to_the_profile_that_is_named(self):
+        try:
+            daemons(1, compute="a")
+            daemons(2, compute="b")
+            a, b = _pids(1, "a"), _pids(2, "b")
+            self.assertEqual(set(mirai_map(range(100), lambda _: os.getpid(), _compute="a")[:]), a)
+            self.assertLessEqual(set(mirai_map(range(100), lambda _: os.getpid(), _compute="b")[:]), b)
+            with self.assertRaisesRegex(RuntimeError, "'c'"):
+                mirai_map([1], abs, _compute="c")
+            with self.assertRaisesRegex(RuntimeError, "no daemons are set"):
+                mirai_map([1], abs)
+        finally:
+            daemons(0, compute="a")
+            daemons(0, compute="b")
+
+    def test_arguments_after_the_item_reach_every_item(self):
+        with daemons(2):
+            mp = mirai_map(range(300), lambda x, a, b=0, *, c=0, timeout=0: (x, a, b, c, timeout), "a", "b", c="c", timeout=9)
+            self.assertEqual(mp[:], [(i, "a", "b", "c", 9) for i in range(300)])
+
+    # -- each item by itself: errors, cancels, timeouts, retries
+
+    def test_an_item_that_fails_costs_no_other_and_keeps_its_own_error(self):
+        class Own(ValueError):
+            pass
+
+        def fail(x):
+            if x % 3 == 0:
+                raise Own(f"item {x}")
+            return x
+
+        for size in (None, 64):
+            with self.subTest(size=size), granting(size), daemons(2):
+                mp = mirai_map(range(300), fail)
+                values = mp[:]
+                for i, (m, value) in enumerate(zip(mp, values)):
+                    if i % 3:
+                        self.assertEqual((value, m.exception()), (i, None))
+                    else:
+                        self.assertIs(type(value), MiraiError)
+                        self.assertIn(f"item {i}", str(value))
+                        self.assertIn("fail", value.stack_trace)
+                        self.assertIs(type(m.exception()), Own)
+                with self.assertRaisesRegex(Own, "^item 0$") as caught:
+                    mp.results()
+                self.assertIs(caught.exception.__cause__, mp[0].data)
+
+    def test_results_raises_the_error_of_the_first_item_that_failed_not_of_the_first_to_fail(self):
+        def work(x, enter):
+            if x == 0:
+                enter(x)
+            if x in (0, 3):
+                raise LookupError(x)
+            return x
+
+        with Gate() as gate, daemons(2):
+            mp = mirai_map(range(5), work, gate.enter)
+            gate.arrived()
+            wait_until(mp[3].done, 10)
+            self.assertFalse(mp[0].done())
+            gate.open()
+            with self.assertRaises(LookupError) as caught:
+                mp.results()
+            self.assertEqual(caught.exception.args, (0,))
+
+    def test_cancelled_items_that_await_never_run(self):
+        for size in (None, 1, 64):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(1):
+                mirai.mirai(gate.enter)
+                gate.arrived()
+                mp = mirai_map(range(200), _item, trace.path)
+                self.assertTrue(mp[7].cancel())
+                self.assertEqual(stop_mirai([mp[i] for i in range(0, 200, 2)]), [True] * 100)
+                self.assertFalse(mp[7].cancel())
+                self.assertEqual({type(mp[i].data) for i in range(0, 200, 2)}, {MiraiCancelled})
+                self.assertEqual(unresolved(mp), 99)
+                gate.open()
+                self.settled(mp)
+                self.assertEqual([mp[i].data for i in range(9, 200, 2)], list(range(18, 400, 4)))
+                self.assertEqual(trace.begun(), collections.Counter(i for i in range(1, 200, 2) if i != 7))
+
+    def test_cancelled_items_of_a_chunk_that_runs_never_run(self):
+        for size in (None, 64, 4096):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(1):
+                mp = mirai_map(range(200), _item, trace.path, gate.enter, (100,))
+                self.assertEqual(gate.arrived()[0], 100)
+                self.assertEqual(stop_mirai([mp[i] for i in range(101, 200, 2)]), [True] * 50)
+                self.assertTrue(all(mp[i].cancelled() and type(mp[i].data) is MiraiCancelled for i in range(101, 200, 2)))
+                wait_until(lambda: sum(info()[2:4]) == 50, 10, "the dispatcher's having heard of it")
+                gate.open()
+                self.settled(mp)
+                live = [i for i in range(200) if i <= 100 or i % 2 == 0]
+                self.assertEqual([mp[i].result() for i in live], [2 * i for i in live])
+                self.assertEqual(trace.begun(), collections.Counter(live))
+
+    def test_the_item_that_runs_can_be_cancelled_and_the_rest_of_its_chunk_runs_on_once(self):
+        for size, url in itertools.product((None, 64), (None, "tcp://127.0.0.1:0")):
+            with self.subTest(size=size, url=url), Trace() as trace, Gate() as gate, granting(size), daemons(1, url=url):
+                pids = _pids(1)
+                mp = mirai_map(range(200), _item, trace.path, gate.enter, (50, 120))
+                for place in (50, 120):
+                    self.assertEqual(gate.arrived()[0], place)
+                    self.assertTrue(mp[place].cancel())
+                    self.assertEqual((type(mp[place].data), mp[place].cancel()), (MiraiCancelled, False))
+                self.settled(mp)        # the gate was never opened: both were interrupted
+                self.assertEqual([m.result() for i, m in enumerate(mp) if i not in (50, 120)],
+                                 [2 * i for i in range(200) if i not in (50, 120)])
+                self.assertEqual(trace.begun(), collections.Counter(range(200)))
+                self.assertEqual(set(range(200)) - set(trace.ended()), {50, 120})
+                self.assertEqual(_pids(1), pids)
+
+    def test_an_item_that_swallows_its_interrupt_passes_it_on_to_no_other(self):
+        def stubborn(x, enter):
+            if x == 5:
+                try:
+                    enter(x)
+                except BaseException:
+                    return "swallowed"
+            return x
+
+        for size in (None, 64):
+            with self.subTest(size=size), Gate() as gate, granting(size), daemons(1):
+                mp = mirai_map(range(100), stubborn, gate.enter)
+                gate.arrived()
+                self.assertTrue(mp[5].cancel())
+                self.settled(mp)
+                self.assertEqual([v for v in mp[:] if not isinstance(v, MiraiCancelled)], [i for i in range(100) if i != 5])
+                self.assertTrue(mp[5].cancelled())
+
+    def test_cancels_at_random_moments_hit_their_own_item_and_no_other(self):
+        for size in (None, 16):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
+                chance, said, place = random.Random(3), {}, 0
+                mp = mirai_map(range(1500), _item, trace.path, seconds=0.0005)
+                while place < 1450:
+                    near = place + chance.choice((0, 0, 1, 1, 2, 3, 5, 8, 30))      # runs, was granted, or waits
+                    if near not in said:
+                        said[near] = mp[near].cancel()
+                    place += chance.randrange(6)
+                    wait_until(mp[place].done, 10)
+                    while mp[place].done() and place < 1450:
+                        place += 1
+                self.settled(mp)
+                for i, m in enumerate(mp):
+                    if said.get(i):
+                        self.assertIs(type(m.data), MiraiCancelled)
+                    else:
+                        self.assertEqual(m.data, 2 * i)
+                self.assertGreater(sum(said.values()), 50)
+                self.assertEqual(max(trace.begun().values()), 1)
+                self.assertLessEqual({i for i in range(1500) if not said.get(i)}, set(trace.ended()))
+                self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+
+    def test_stop_ends_a_map_and_its_daemons_are_free_at_once(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(2):
+                pids = _pids(2)
+                mp = mirai_map(range(500), _item, trace.path, gate.enter, (20, 21))
+                gate.arrived(), gate.arrived()
+                self.assertEqual([m.result(10) for m in itertools.islice(mp, 20)], list(range(0, 40, 2)))
+                wait_until(lambda: unresolved(mp) == 500 - len(trace.ended()), 10)
+                done = [m.done() for m in mp]
+                stopped = stop_mirai(mp)
+                self.assertTrue(all(type(s) is bool for s in stopped))
+                self.assertEqual(stopped, [not d for d in done])
+                self.assertEqual((unresolved(mp), stop_mirai(mp)), (0, [False] * 500))
+                self.assertEqual([mirai.is_error_value(v) for v in mp[:]], stopped)
+                self.assertEqual(_pids(2), pids)        # both take tasks: what ran was interrupted
+                self.assertEqual(max(trace.begun().values()), 1)
+                wait_until(lambda: info()[2:4] == (0, 0), 10)
+
+    def test_items_that_await_when_their_map_is_stopped_never_run(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(2):
+                held = [mirai.mirai(gate.enter) for _ in range(2)]
+                gate.arrived(), gate.arrived()
+                mp = mirai_map(range(2000), _item, trace.path)
+                held[0].cancel()        # its daemon begins with the map, at its first items
+                wait_until(trace.begun, 10)
+                stop_mirai(mp)
+                gate.open()
+                self.assertEqual(len(_pids(2)), 2)
+                late = set(trace.begun()) - set(range(len(trace.begun())))
+                self.assertFalse(late, "items that ran after others before them had been stopped")
+
+    def test_each_item_has_its_timeout_from_the_call_and_such_an_item_never_runs(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(1):
+                mirai.mirai(gate.enter)
+                gate.arrived()
+                begin = time.monotonic()
+                mp = mirai_map(range(100), _item, trace.path, _timeout=0.2)
+                values = mp[:]
+                self.assertTrue(0.2 <= time.monotonic() - begin < 5)
+                self.assertEqual({type(v) for v in values}, {MiraiTimeout})
+                gate.open()
+                self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+                self.assertEqual(trace.begun(), {})
+
+    def test_a_timeout_interrupts_the_item_that_runs_and_leaves_those_that_ended_as_they_are(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(1):
+                pids = _pids(1)
+                mp = mirai_map(range(100), _item, trace.path, gate.enter, (50,), _timeout=0.5)
+                self.settled(mp)
+                self.assertEqual([mp[i].result() for i in range(50)], list(range(0, 100, 2)))
+                self.assertEqual({type(mp[i].data) for i in range(50, 100)}, {MiraiTimeout})
+                with self.assertRaises(MiraiTimeout):
+                    mp.results()
+                self.assertEqual(_pids(1), pids)
+                self.assertNotIn(50, trace.ended())
+                self.assertLessEqual(set(trace.begun()), set(range(52)))
+
+    def test_an_item_that_ends_its_daemon_runs_again_as_often_as_its_retries_allow_and_no_other_does(self):
+        for size, retries, deaths in itertools.product((None, 64), (0, 1, 2), (1, 2)):
+            with self.subTest(size=size, retries=retries, deaths=deaths), Trace() as trace, granting(size), daemons(2):
+                deadly = (0, 33, 34, 99)
+                mp = mirai_map(range(100), _deadly_at_first, trace.path, deadly, deaths, _retries=retries)
+                self.settled(mp)
+                for i, value in enumerate(mp[:]):
+                    if i in deadly and deaths > retries:
+                        self.assertIs(type(value), MiraiConnectionReset)
+                    else:
+                        self.assertEqual(value, i)
+                runs = 1 + min(deaths, retries)
+                self.assertEqual(trace.begun(), {i: runs if i in deadly else 1 for i in range(100)})
+
+    # -- daemons that die, join and leave
+
+    def test_of_ten_thousand_items_ten_end_their_daemon_and_exactly_those_are_19s(self):
+        for size in (None, 256):
+            places = random.Random(4).sample(range(10_000), 10)
+            ways = dict(zip(places, itertools.cycle(HOW_IT_SHOWS)))
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
+                mp = mirai_map(range(10_000), _deadly, trace.path, ways)
+                self.settled(mp)
+                values = mp[:]
+                self.assertEqual([v for i, v in enumerate(values) if i not in ways], [i for i in range(10_000) if i not in ways])
+                for i, how in ways.items():
+                    self.assertIs(type(values[i]), MiraiConnectionReset)
+                    self.assertIn(HOW_IT_SHOWS[how], str(values[i]))
+                self.assertEqual(trace.begun(), collections.Counter(range(10_000)))
+                wait_until(lambda: info().connections == 2, 10, "the daemons' being back")
+
+    def test_deaths_side_by_side_and_at_both_ends_cost_themselves_alone(self):
+        for size, deadly in itertools.product((None, 64, 4096), ((0,), (99,), (0, 1, 2), (49, 50, 51, 52), tuple(range(90, 100)))):
+            with self.subTest(size=size, deadly=deadly), Trace() as trace, granting(size), daemons(2):
+                mp = mirai_map(range(100), _deadly, trace.path, dict.fromkeys(deadly, "SIGKILL"))
+                self.settled(mp)
+                self.assertEqual([i for i, v in enumerate(mp[:]) if isinstance(v, MiraiConnectionReset)], list(deadly))
+                self.assertEqual([v for v in mp[:] if not isinstance(v, MiraiConnectionReset)], sorted(set(range(100)) - {*deadly}))
+                self.assertEqual(trace.begun(), collections.Counter(range(100)))
+
+    def test_a_map_of_which_every_item_ends_its_daemon_ends(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
+                mp = mirai_map(range(20), _deadly, trace.path, dict.fromkeys(range(20), "SIGKILL"))
+                self.settled(mp)
+                self.assertEqual({type(v) for v in mp[:]}, {MiraiConnectionReset})
+                self.assertEqual(trace.begun(), collections.Counter(range(20)))
+                self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+
+    def test_a_daemon_killed_from_outside_costs_the_item_that_runs_there_and_no_other(self):
+        for size in (None, 64, 4096):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(1):
+                mp = mirai_map(range(300), _item, trace.path, gate.enter, (40, 41, 200))
+                for place in (40, 41, 200):
+                    label, pid = gate.arrived()
+                    self.assertEqual(label, place)
+                    os.kill(pid, signal.SIGKILL)
+                self.settled(mp)
+                self.assertEqual([i for i, m in enumerate(mp) if type(m.data) is MiraiConnectionReset], [40, 41, 200])
+                self.assertIn("SIGKILL", str(mp[40].data))
+                self.assertEqual([m.data for i, m in enumerate(mp) if i not in (40, 41, 200)],
+                                 [2 * i for i in range(300) if i not in (40, 41, 200)])
+                self.assertEqual(trace.begun(), collections.Counter(range(300)))
+
+    def test_daemons_killed_at_random_moments_lose_an_item_each_at_most_and_nothing_runs_twice(self):
+        for size in (None, 16):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
+                chance = random.Random(5)
+                mp = mirai_map(range(3000), _item, trace.path, seconds=0.0005)
+                kills = 0
+                while unresolved(mp) > 300 and kills < 20:
+                    before = unresolved(mp)
+                    wait_until(lambda: unresolved(mp) < before - chance.randrange(1, 150), 10)
+                    running = [pid for pid in {pid for _, _, pid in trace.lines()[-20:]} if is_alive(pid)]
+                    if running:
+                        os.kill(chance.choice(running), signal.SIGKILL)
+                        kills += 1
+                self.settled(mp)
+                self.assertGreater(kills, 3)
+                begun, ended = trace.begun(), trace.ended()
+                lost = [i for i, m in enumerate(mp) if type(m.data) is MiraiConnectionReset]
+                self.assertLessEqual(len(lost), kills)
+                self.assertEqual([m.data for i, m in enumerate(mp) if i not in lost], [2 * i for i in range(3000) if i not in lost])
+                self.assertEqual(max(begun.values()), 1, "an item that ran twice")
+                self.assertLessEqual(set(range(3000)) - set(ended), set(lost), "an item with a value that never ended")
+
+    def test_daemons_of_three_tasks_each_carry_a_map_through(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2, maxtasks=3):
+                mp = mirai_map(range(30), _item, trace.path)
+                self.settled(mp)
+                self.assertEqual(mp[:], list(range(0, 60, 2)))
+                self.assertEqual(trace.begun(), collections.Counter(range(30)))
+                did = collections.Counter(pid for word, _, pid in trace.lines() if word == "begin")
+                self.assertTrue(max(did.values()) <= 3 and len(did) >= 10, did)
+
+    def test_daemons_that_reach_their_walltime_carry_a_map_through(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2, walltime=0.15):
+                mp = mirai_map(range(120), _item, trace.path, seconds=0.005)
+                self.settled(mp)
+                self.assertEqual(mp[:], list(range(0, 240, 2)))
+                self.assertEqual(trace.begun(), collections.Counter(range(120)))
+                self.assertGreater(len({pid for _, _, pid in trace.lines()}), 2)
+
+    def test_a_daemon_that_joins_takes_over_items_that_another_was_granted(self):
+        for size in (None, 4096):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(1):
+                mp = mirai_map(range(500), _item, trace.path, gate.enter, (10,))
+                held = gate.arrived()[1]
+                launch_local(1)
+                self.settled(mp, but=1)
+                self.assertFalse(mp[10].done())
+                self.assertNotIn(held, {pid for _, item, pid in trace.lines() if item > 10})
+                gate.open()
+                self.assertEqual(mp.results(), list(range(0, 1000, 2)))
+                self.assertEqual(trace.begun(), collections.Counter(range(500)))
+
+    def test_a_map_made_before_any_daemon_has_joined_waits_for_one(self):
+        key = "ab" * 32
+        daemons(url="tcp://127.0.0.1:0", key=key)
+        mp = mirai_map(range(100), operator.neg)
+        self.assertEqual((unresolved(mp), info().connections), (100, 0))
+        with ByHand(status()["daemons"], key=key):
+            self.settled(mp)
+            self.assertEqual(mp[:], [-i for i in range(100)])
+        daemons(0)
+
+    def test_a_daemon_that_leaves_at_its_task_limit_hands_its_items_on(self):
+        key = "ab" * 32
+        with Trace() as trace, Gate() as gate, granting(64):
+            daemons(url="tcp://127.0.0.1:0", key=key)
+            url = status()["daemons"]
+            mp = mirai_map(range(60), _item, trace.path, gate.enter, (2, 3))
+            with ByHand(url, "--maxtasks", "3", key=key) as first:
+                gate.arrived()
+                gate.open()
+                self.assertEqual(first.status()[0], 3)
+                self.assertEqual([m.result(5) for m in itertools.islice(mp, 3)], [0, 2, 4])
+                self.assertEqual(unresolved(mp), 57)
+                with ByHand(url, key=key):
+                    gate.arrived()
+                    gate.open()
+                    self.assertEqual(mp.results(), list(range(0, 120, 2)))
+            self.assertEqual(trace.begun(), collections.Counter(range(60)))
+            daemons(0)
+
+    def test_a_remote_daemon_that_is_lost_costs_the_item_that_ran_there_and_those_it_may_have_begun(self):
+        key = "ab" * 32
+        for size, seconds in ((None, 0), (64, 0), (64, 0.012)):
+            with self.subTest(size=size, seconds=seconds), Trace() as trace, Gate() as gate, granting(size):
+                daemons(url="tcp://127.0.0.1:0", key=key)
+                url = status()["daemons"]
+                with ByHand(url, key=key) as first:
+                    joined(1)
+                    mp = mirai_map(range(60), _item, trace.path, gate.enter, (20,), seconds)
+                    gate.arrived()
+                    self.assertEqual([m.result(5) for m in itertools.islice(mp, 20)], list(range(0, 40, 2)))
+                    os.kill(first.pid, signal.SIGKILL)
+                    self.assertIs(type(call_mirai(mp[20]).data), MiraiConnectionReset)
+                    with ByHand(url, key=key):
+                        self.settled(mp)
+                lost = [i for i, m in enumerate(mp) if type(m.data) is MiraiConnectionReset]
+                self.assertEqual(lost, list(range(20, 20 + len(lost))))     # one range, that it had announced
+                if seconds:         # each takes longer than it may announce
+                    self.assertEqual(lost, [20])
+                self.assertEqual([m.data for i, m in enumerate(mp) if i not in lost], [2 * i for i in range(60) if i not in lost])
+                self.assertEqual(trace.begun(), collections.Counter(i for i in range(60) if i == 20 or i not in lost))
+                daemons(0)
+
+    def test_a_reset_makes_what_is_unresolved_of_a_map_19s(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Gate() as gate, granting(size):
+                daemons(1)
+                mp = mirai_map(range(200), _held, gate.enter, (50,))
+                gate.arrived()
+                self.assertEqual(mp[49].result(10), 49)
+                daemons(0)
+                self.assertEqual(unresolved(mp), 0)
+                self.assertEqual(mp[:][:50], list(range(50)))
+                self.assertEqual({type(v) for v in mp[:][50:]}, {MiraiConnectionReset})
+                with self.assertRaises(ConnectionResetError):
+                    mp.results()
+
+    def test_a_dispatcher_that_dies_makes_what_is_unresolved_of_a_map_19s(self):
+        with Gate() as gate:
+            daemons(2)
+            mp = mirai_map(range(200), _held, gate.enter, (50, 51))
+            gate.arrived(), gate.arrived()
+            self.assertEqual([m.result(10) for m in itertools.islice(mp, 50)], list(range(50)))
+            os.kill(dispatcher_pid(), signal.SIGKILL)
+            self.settled(mp)
+            self.assertEqual(mp[:][:50], list(range(50)))
+            self.assertEqual({type(m.data) for m in mp if mirai.is_error_value(m.data)}, {MiraiConnectionReset})
+            with self.assertRaises(MiraiConnectionReset):
+                mirai_map([1], abs)
+            daemons(0)
+
+    # -- items that end in odd ways, items and results that do not travel
+
+    def test_items_that_interrupt_exit_or_quit_cost_themselves_alone(self):
+        def work(x, path):
+            _note(path, "begin", x)
+            return ends[x]() if x in ends else x
+
+        ends = {5: lambda: _raise(KeyboardInterrupt()), 15: lambda: _raise(SystemExit(3)), 25: lambda: _raise(GeneratorExit()),
+                35: lambda: _raise(StopIteration(1)), 45: lambda: _raise(BaseException("base")),
+                55: lambda: _raise(asyncio.CancelledError()), 65: lambda: quit(), 75: lambda: exit(4), 85: lambda: os._exit(5),
+                95: lambda: sys.exit("said")}
+        names = {5: "KeyboardInterrupt", 15: "SystemExit", 25: "GeneratorExit", 35: "StopIteration", 45: "BaseException",
+                 55: "CancelledError", 95: "SystemExit"}
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
+                mp = mirai_map(range(100), work, trace.path)
+                self.settled(mp)
+                values = mp[:]
+                self.assertEqual([v for i, v in enumerate(values) if i not in ends], [i for i in range(100) if i not in ends])
+                self.assertTrue(mirai.is_mirai_interrupt(values[5]), repr(values[5]))
+                for i, name in names.items():
+                    self.assertTrue(isinstance(values[i], MiraiError), repr(values[i]))
+                    self.assertIn(name, values[i].condition_class[0])
+                for i, text in ((65, "status 0"), (75, "status 4"), (85, "status 5")):
+                    self.assertIs(type(values[i]), MiraiConnectionReset)
+                    self.assertIn(text, str(values[i]))
+                for i in (15, 25, 35, 45):
+                    with self.assertRaises(MiraiError):
+                        mp[i].result()
+                self.assertEqual(trace.begun(), collections.Counter(range(100)))
+
+    def test_an_item_that_leaves_a_signal_handler_a_thread_or_a_directory_behind_disturbs_no_other(self):
+        def rude(x, enter):
+            if x == 3:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if x == 4:
+                threading.Thread(target=time.sleep, args=(0.2,)).start()
+            if x == 5:
+                os.chdir("/")
+                sys.path.clear()
+                os.environ.clear()
+            return enter(x) if x == 50 else x
+
+        for size in (None, 64):
+            with self.subTest(size=size), Gate() as gate, granting(size), daemons(1):
+                pids = _pids(1)
+                mp = mirai_map(range(100), rude, gate.enter)
+                gate.arrived()
+                self.assertTrue(mp[50].cancel())        # interrupts reach items after the one that changed the handler
+                self.settled(mp)
+                self.assertEqual([v for v in mp[:] if not mirai.is_error_value(v)], [i for i in range(100) if i != 50])
+                self.assertEqual(_pids(1), pids)
+
+    def test_an_item_that_cant_be_serialized_raises_at_the_call_and_names_it(self):
+        for items, path in (([1, 2, [3, _Locked()]], "items[2][1].lock"), ({"a": 1, "b": _Locked()}, "items['b'].lock"),
+                            ([_Locked()] * 1000, "items[0].lock"), ([*range(5000), _Locked()], "items[5000].lock")):
+            with self.subTest(path=path), Trace() as trace, daemons(1):
+                with self.assertRaises(TypeError) as caught:
+                    mirai_map(items, _note_any, trace.path)
+                self.assertIn(path, str(caught.exception))
+                self.assertIn("pickle", str(caught.exception))
+                wait_until(lambda: info()[2:4] == (0, 0), 10, "nothing's being left")
+                self.assertEqual(mirai_map([-1], abs)[:], [1])
+
+    def test_a_constant_that_cant_be_serialized_raises_at_the_call_and_names_it(self):
+        with daemons(1):
+            for call, text in ((lambda: mirai_map([1], print, _Locked()), "args[0].lock"),
+                               (lambda: mirai_map([1], print, x=[_Locked()]), "kwargs['x'][0].lock")):
+                with self.assertRaises(TypeError) as caught:
+                    call()
+                self.assertIn(text, str(caught.exception))
+            self.assertEqual(info()[2:], (0, 0, 0))
+
+    def test_a_result_that_cant_be_serialized_is_the_error_of_its_item_alone(self):
+        for size in (None, 64):
+            with self.subTest(size=size), granting(size), daemons(2):
+                mp = mirai_map(range(200), lambda x: threading.Lock() if x % 50 == 7 else x)
+                self.settled(mp)
+                for i, value in enumerate(mp[:]):
+                    if i % 50 == 7:
+                        self.assertIs(type(value), MiraiError)
+                        self.assertIn("pickle", str(value))
+                    else:
+                        self.assertEqual(value, i)
+
+    def test_an_item_that_strikes_where_it_is_unpickled_costs_itself_alone(self):
+        for size, how in itertools.product((None, 64), ("exception", "sys.exit", "os._exit", "segfault")):
+            with self.subTest(size=size, how=how), granting(size), daemons(2):
+                items = [_Ugly("unpickle", how) if i in (11, 12, 40) else i for i in range(100)]
+                mp = mirai_map(items, lambda x: x)
+                self.settled(mp)
+                for i, value in enumerate(mp[:]):
+                    if i in (11, 12, 40):
+                        self.assertIs(type(value), MiraiConnectionReset if how in HOW_IT_SHOWS else MiraiError, repr(value))
+                    else:
+                        self.assertEqual(value, i)
+                self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+
+    def test_an_item_whose_result_strikes_where_it_is_pickled_costs_itself_alone(self):
+        for size, how in itertools.product((None, 64), ("exception", "sys.exit", "os._exit", "segfault")):
+            with self.subTest(size=size, how=how), granting(size), daemons(2):
+                mp = mirai_map(range(100), lambda x: _Ugly("pickle", how) if x in (11, 12, 40) else x)
+                self.settled(mp)
+                for i, value in enumerate(mp[:]):
+                    if i in (11, 12, 40):
+                        self.assertIs(type(value), MiraiConnectionReset if how in HOW_IT_SHOWS else MiraiError, repr(value))
+                    else:
+                        self.assertEqual(value, i)
+
+    def test_a_result_that_cant_be_unpickled_is_the_error_of_its_item_alone(self):
+        for size, how in itertools.product((None, 64), ("exception", "sys.exit")):
+            with self.subTest(size=size, how=how), granting(size), daemons(2):
+                mp = mirai_map(range(100), lambda x: _Ugly("unpickle", how) if x in (11, 12, 40) else x)
+                self.settled(mp)
+                for i, value in enumerate(mp[:]):
+                    if i in (11, 12, 40):
+                        self.assertIs(type(value), MiraiError, repr(value))
+                        self.assertIn("SystemExit" if how == "sys.exit" else "ugly", str(value))
+                    else:
+                        self.assertEqual(value, i)
+                with self.assertRaises((MiraiError, ValueError)):
+                    mp.results()
+
+    def test_what_one_item_keeps_no_other_finds(self):
+        shared = []
+        with daemons(1):
+            for size in (None, 64):
+                with self.subTest(size=size), granting(size):
+                    mp = mirai_map([shared] * 100, lambda x: x.append(1) or len(x))     # one object, an item each
+                    self.assertEqual(mp[:], [1] * 100)
+        self.assertEqual(shared, [])
+
+    def test_large_items_and_large_results_cross_whole(self):
+        def check(x):
+            return len(x), x[0], x[-1], x.count(x[0])
+
+        items = [bytes([i]) * 1_000_000 for i in range(40)]
+        for size in (None, 16):
+            with self.subTest(size=size), granting(size), daemons(2):
+                self.assertEqual(mirai_map(items, check)[:], [(1_000_000, i, i, 1_000_000) for i in range(40)])
+                self.assertEqual(mirai_map(range(40), lambda i: bytes([i]) * 1_000_000)[:], items)
+                mixed = [b"x" * (5_000_000 if i % 25 == 3 else 3) for i in range(100)]
+                self.assertEqual(mirai_map(mixed, lambda x: x + b"y")[:], [x + b"y" for x in mixed])
+
+    # -- constants
+
+    def test_a_large_constant_crosses_to_each_daemon_once(self):
+        key, size = "ab" * 32, 10_000_000
+        ballast = random.Random(1).randbytes(size) if hasattr(random.Random, "randbytes") else os.urandom(size)
+        daemons(url="tcp://127.0.0.1:0", key=key)
+        with Forwarder(status()["daemons"]) as forwarder, ByHand(forwarder.url, key=key), ByHand(forwarder.url, key=key):
+            joined(2)
+            before = forwarder.count
+            mp = mirai_map(range(1000), lambda x, data: (os.getpid(), data[x]), ballast)
+            self.settled(mp)
+            self.assertEqual([v for _, v in mp[:]], list(ballast[:1000]))
+            pids = {pid for pid, _ in mp[:]}
+            crossed = forwarder.count - before
+            self.assertTrue(len(pids) * size <= crossed < 2.2 * size, f"{crossed} bytes to {len(pids)} daemons")
+            daemons(0)
+
+    def test_a_hundred_megabytes_as_a_constant_of_a_thousand_items_take_no_longer_than_four_copies(self):
+        ballast = bytes(100_000_000)
+        with daemons(4):
+            begin = time.monotonic()
+            self.assertEqual(mirai.mirai(len, ballast).result(SOON), 100_000_000)
+            one = time.monotonic() - begin
+            begin = time.monotonic()
+            mp = mirai_map(range(1000), lambda x, data: x + len(data), ballast)
+            self.assertEqual(mp[:], list(range(100_000_000, 100_001_000)))
+            took = time.monotonic() - begin
+        self.assertLess(took, max(12 * one, 5.0), f"one copy took {one:.2f} s")
+
+    def test_a_constant_is_serialized_once_whatever_the_number_of_items(self):
+        class Counted:
+            def __reduce__(self):
+                made.append(1)
+                return int, ("7",)
+
+        made = []
+        with daemons(2):
+            self.assertEqual(mirai_map(range(500), operator.add, Counted())[:], list(range(7, 507)))
+            self.assertEqual(len(made), 1)
+
+    def test_a_relaunched_daemon_is_sent_the_constant_too(self):
+        def work(x, data):
+            if x % 30 == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return data[x]
+
+        data = os.urandom(1_000_000)
+        for size in (None, 16):
+            with self.subTest(size=size), granting(size), daemons(2):
+                mp = mirai_map(range(150), work, data)
+                self.settled(mp)
+                self.assertEqual([v for i, v in enumerate(mp[:]) if i % 30 != 7], [data[i] for i in range(150) if i % 30 != 7])
+                self.assertEqual({type(mp[i].data) for i in range(7, 150, 30)}, {MiraiConnectionReset})
+
+    # -- mappings, _star, tables
+
+    def test_mappings_of_every_kind_keep_their_keys_and_order(self):
+        class Own(collections.abc.Mapping):
+            def __getitem__(self, key):
+                return {3: 30, "x": 40, None: 50}[key]
+
+            def __iter__(self):
+                return iter([3, "x", None])
+
+            def __len__(self):
+                return 3
+
+        large = {f"key {i}": i for i in range(1000, 0, -1)}
+        with daemons(2):
+            for items in (large, collections.OrderedDict([("b", 1), ("a", 2)]), types.MappingProxyType({(1, 2): 3}), Own(),
+                          collections.ChainMap({"a": 1}, {"b": 2}), collections.Counter("aab")):
+                mp = mirai_map(items, lambda x: -x)
+                expected = {key: -value for key, value in items.items()}
+                for found in (mp[:], mp.results(), mp.data, mirai.collect_mirai(mp)):
+                    self.assertEqual((type(found), found, list(found)), (dict, expected, list(expected)))
+                self.assertEqual((mp.names, len(mp), [m.result() for m in mp]), (list(items), len(items), list(expected.values())))
+            mp = mirai_map({"a": 1, "b": 0}, lambda x: 1 / x)
+            self.assertEqual((mp[:]["a"], mirai.is_mirai_error(mp[:]["b"])), (1.0, True))
+
+    def test_star_unpacks_tuples_lists_and_mappings(self):
+        def work(*args, **kwargs):
+            return args, kwargs
+
+        Pair = collections.namedtuple("Pair", "a b")
+        items = [(1, 2), [3, 4], {"a": 5, "b": 6}, Pair(7, 8), (), [], {}, ((1, 2), [3])]
+        expected = [((1, 2), {}), ((3, 4), {}), ((), {"a": 5, "b": 6}), ((7, 8), {}), *[((), {})] * 3, (((1, 2), [3]), {})]
+        with daemons(2):
+            self.assertEqual(mirai_map(items, work, _star=True)[:], expected)
+            self.assertEqual(mirai_map([collections.OrderedDict(c=9)], work, _star=True)[:], [((), {"c": 9})])
+            self.assertEqual(mirai_map([(1, 2), {"a": 3}], work, "x", z="y", _star=True)[:],
+                             [((1, 2, "x"), {"z": "y"}), (("x",), {"a": 3, "z": "y"})])
+            self.assertEqual(mirai_map({"k": (1, 2)}, operator.add, _star=True)[:], {"k": 3})
+            self.assertEqual(mirai_map(zip(range(200), range(200)), operator.add, _star=True)[:], list(range(0, 400, 2)))
+            self.assertEqual(mirai_map([(1, 2)] * 300, operator.add, _star=True)[:], [3] * 300)
+            self.assertEqual(mirai_map([(1, 2), [3]], lambda x: x)[:], [(1, 2), [3]])       # as they are, without
+            wrong = mirai_map([(1, 2), (1,), {"nothing": 1}], operator.add, _star=True)[:]
+            self.assertEqual((wrong[0], [mirai.is_mirai_error(v) for v in wrong]), (3, [False, True, True]))
+
+    def _check_frame(self, frame, names):
+        """A table of two columns: a = [1, 2, 3], b = ['x', 'y', 'z']."""
+        with daemons(2):
+            mp = mirai_map(frame, lambda b, a: (a, b))          # by name, not by position
+            self.assertEqual((mp[:], mp.names, len(mp)), ([(1, "x"), (2, "y"), (3, "z")], names, 3))
+            self.assertEqual(mirai_map(frame, lambda a, b, c, d=0: f"{a}{b}{c}{d}", c=4, d=5)[:], ["1x45", "2y45", "3z45"])
+            self.assertEqual(mirai_map(frame, lambda **row: sorted(row))[:], [["a", "b"]] * 3)
+            self.assertEqual((mirai.collect_mirai(mp), mp.data, mp.results()), (*[[(1, "x"), (2, "y"), (3, "z")]] * 3,))
+
+    def _check_unnamed_frame(self, frame):
+        """A table of two columns whose names are no identifiers: [1, 2], ['x', 'y']."""
+        with daemons(1):
+            self.assertEqual(mirai_map(frame, lambda x, y, z=0: (x, y, z), z=3)[:], [(1, "x", 3), (2, "y", 3)])
+
+    ABC = {"a": [1, 2, 3], "b": ["x", "y", "z"]}
+    ODD = {"a column": [1, 2], "b": ["x", "y"]}
+
+    @unittest.skipIf(importlib.util.find_spec("pandas"), "the real pandas is here")
+    def test_a_frame_with_the_surface_of_pandas_maps_over_its_rows_and_keeps_its_labels(self):
+        with fake_library(_FakePandas, "pandas", "pandas.core.frame", "DataFrame") as DataFrame:
+            self._check_frame(DataFrame(self.ABC, ["r1", "r2", "r3"]), ["r1", "r2", "r3"])
+            self._check_frame(DataFrame(self.ABC), [0, 1, 2])
+            self._check_unnamed_frame(DataFrame(self.ODD))
+            self._check_unnamed_frame(DataFrame({0: [1, 2], 1: ["x", "y"]}))
+
+    @unittest.skipIf(importlib.util.find_spec("polars"), "the real polars is here")
+    def test_a_frame_with_the_surface_of_polars_maps_over_its_rows(self):
+        with fake_library(_FakePolars, "polars", "polars.dataframe.frame", "DataFrame") as DataFrame:
+            self._check_frame(DataFrame(self.ABC), None)
+            self._check_unnamed_frame(DataFrame(self.ODD))
+
+    @unittest.skipIf(importlib.util.find_spec("pyarrow"), "the real pyarrow is here")
+    def test_a_table_with_the_surface_of_arrow_maps_over_its_rows(self):
+        for name in ("Table", "RecordBatch"):
+            with fake_library(_FakeArrow, "pyarrow", "pyarrow.lib", name) as Table:
+                self._check_frame(Table(self.ABC), None)
+                self._check_unnamed_frame(Table(self.ODD))
+
+    @unittest.skipIf(importlib.util.find_spec("numpy"), "the real numpy is here")
+    def test_an_array_with_the_surface_of_numpy_maps_over_its_rows(self):
+        with fake_library(_FakeArray, "numpy", "numpy", "ndarray") as ndarray, daemons(2):
+            mp = mirai_map(ndarray([[1, 2], [3, 4], [5, 6]]), lambda x, y, z=0: (x, y, z), 7)
+            self.assertEqual((mp[:], mp.names, len(mp)), ([(1, 2, 7), (3, 4, 7), (5, 6, 7)], None, 3))
+            self.assertEqual(mirai_map(ndarray([1, 2]), operator.neg)[:], [-1, -2])
+
+    @needs("numpy")
+    def test_numpy_arrays_map_over_their_rows_by_position_and_vectors_over_their_elements(self):
+        import numpy
+        with daemons(2):
+            mp = mirai_map(numpy.arange(6).reshape(3, 2), lambda x, y, z=0: (int(x), int(y), z), 7)
+            self.assertEqual((mp[:], mp.names, len(mp)), ([(0, 1, 7), (2, 3, 7), (4, 5, 7)], None, 3))
+            found = mirai_map(numpy.arange(300.0), lambda x: x * 2)[:]
+            self.assertEqual((found, isinstance(found[0], float)), ([2.0 * i for i in range(300)], True))
+            self.assertEqual(mirai_map(numpy.ones((1000, 3)), lambda *row: sum(row))[:], [3.0] * 1000)
+            self.assertEqual(mirai_map(numpy.empty((0, 2)), max)[:], [])
+            self.assertEqual(mirai_map(numpy.array([["a", "b"]], dtype=object), lambda x, y: x + y)[:], ["ab"])
+            self.assertEqual(mirai_map(numpy.arange(6).reshape(2, 3).T, lambda x, y: int(y - x))[:], [3, 3, 3])
+            self.assertEqual(mirai_map([numpy.arange(2), numpy.arange(3)], len)[:], [2, 3])      # a list of arrays is a list
+            with self.assertRaises(TypeError):
+                mirai_map(numpy.array(3), abs)
+
+    @needs("pandas")
+    def test_pandas_frames_map_over_their_rows_by_name_and_keep_their_labels(self):
+        import pandas
+        self._check_frame(pandas.DataFrame(self.ABC), [0, 1, 2])
+        self._check_frame(pandas.DataFrame(self.ABC, index=["r1", "r2", "r3"]), ["r1", "r2", "r3"])
+        self._check_frame(pandas.DataFrame(self.ABC, index=["same", "same", "same"]), ["same"] * 3)
+        self._check_unnamed_frame(pandas.DataFrame(self.ODD))
+        self._check_unnamed_frame(pandas.DataFrame({0: [1, 2], 1: ["x", "y"]}))
+        same = pandas.DataFrame([[1, "x"], [2, "y"]], columns=["a", "a"])       # no dict has room for both
+        self._check_unnamed_frame(same)
+        with daemons(1):
+            self.assertEqual(mirai_map(pandas.DataFrame({"a": [1], "b": [0.5]}), lambda a, b: (int(a) == a, type(a).__name__[:3], b))[:],
+                             [(True, "int", 0.5)])      # a row keeps the types of its columns
+            self.assertEqual(mirai_map(pandas.DataFrame({"a": []}), abs)[:], [])
+            self.assertEqual(mirai_map(pandas.Series([1, 2, 3]), lambda x: int(x) + 1)[:], [2, 3, 4])
+
+    @needs("polars")
+    def test_polars_frames_map_over_their_rows_by_name(self):
+        import polars
+        self._check_frame(polars.DataFrame(self.ABC), None)
+        self._check_unnamed_frame(polars.DataFrame(self.ODD))
+        with daemons(1):
+            self.assertEqual(mirai_map(polars.DataFrame({"a": []}), abs)[:], [])
+            self.assertEqual(mirai_map(polars.Series([1, 2, 3]), operator.neg)[:], [-1, -2, -3])
+
+    @needs("pyarrow")
+    def test_arrow_tables_map_over_their_rows_by_name(self):
+        import pyarrow
+        self._check_frame(pyarrow.table(self.ABC), None)
+        self._check_frame(pyarrow.RecordBatch.from_pydict(self.ABC), None)
+        self._check_unnamed_frame(pyarrow.table(self.ODD))
+        self._check_unnamed_frame(pyarrow.Table.from_arrays([pyarrow.array([1, 2]), pyarrow.array(["x", "y"])], names=["a", "a"]))
+        with daemons(1):
+            self.assertEqual(mirai_map(pyarrow.table({"a": pyarrow.array([], "int64")}), abs)[:], [])
+
+    # -- promises
+
+    def test_a_promise_is_called_with_each_value_as_it_resolves_on_the_callbacks_thread(self):
+        seen = []
+        for size in (None, 64):
+            with self.subTest(size=size), Gate() as gate, granting(size), daemons(2):
+                seen.clear()
+                mp = mirai_map(range(100), _held, gate.enter, (7,),
+                               _promise=lambda value: seen.append((value, threading.current_thread().name)))
+                wait_until(lambda: len(seen) == 99, 10, "the call for all but the one that is held")
+                self.assertFalse(mp[7].done())
+                gate.arrived()
+                gate.open()
+                wait_until(lambda: len(seen) == 100, 10)
+                self.assertEqual((sorted(seen), seen[-1][0]), ([(i, "mirai-callbacks") for i in range(100)], 7))
+
+    def test_a_pair_of_promises_is_called_with_values_and_with_errors_and_either_may_be_none(self):
+        def wrong(error):
+            return mirai.is_error_value(error) or isinstance(error, Exception)
+
+        with daemons(2):
+            for left, right in ((True, True), (True, False), (False, True), (False, False)):
+                values, errors = [], []
+                mp = mirai_map([1, 0, 2, 0], lambda x: 1 / x, _promise=(values.append if left else None, errors.append if right else None))
+                call_mirai(mp)
+                wait_until(lambda: (len(values), len(errors)) == (2 * left, 2 * right), 5)
+                self.assertEqual(sorted(values), [0.5, 1.0] if left else [])
+                self.assertTrue(all(map(wrong, errors)), errors)
+            values = []
+            call_mirai(mirai_map([1, 0, 2], lambda x: 1 / x, _promise=values.append))       # alone: values only
+            wait_until(lambda: len(values) == 2, 5)
+            self.assertEqual(sorted(values), [0.5, 1.0])
+
+    def test_a_promise_hears_of_cancels_timeouts_and_deaths(self):
+        errors, values = [], []
+        with Gate() as gate, daemons(1):
+            mp = mirai_map(range(3), _held, gate.enter, (0,), _promise=(values.append, errors.append))
+            pid = gate.arrived()[1]
+            mp[1].cancel()
+            wait_until(lambda: len(errors) == 1, 5)
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: (len(errors), values) == (2, [2]), 5)
+            self.assertEqual([getattr(e, "code", None) for e in errors], [20, 19])
+
+    def test_a_promise_that_raises_disturbs_nothing(self):
+        seen = []
+
+        def promise(value):
+            seen.append(value)
+            raise RuntimeError("of the promise")
+
+        with self.assertLogs("concurrent.futures", "ERROR"), daemons(1):
+            mp = mirai_map(range(50), operator.neg, _promise=promise)
+            self.assertEqual(mp[:], [-i for i in range(50)])
+            wait_until(lambda: len(seen) == 50, 5)
+
+    def test_a_promise_of_a_lazy_map_is_called_for_what_was_pulled(self):
+        seen = []
+        with daemons(1):
+            self.assertEqual(mirai_map(iter(range(50)), operator.neg, _promise=seen.append)[:], [-i for i in range(50)])
+            wait_until(lambda: len(seen) == 50, 5)
+            self.assertEqual(sorted(seen), list(range(-49, 1)))
+
+    # -- generators
+
+    def test_an_endless_generator_is_pulled_a_bounded_window_ahead_by_whoever_consumes(self):
+        pulled, by = [0], set()
+
+        def endless():
+            for i in itertools.count():
+                pulled[0] = i + 1
+                by.add(threading.get_ident())
+                yield i
+
+        for size in (None, 64):
+            with self.subTest(size=size), granting(size), daemons(2):
+                by.clear()
+                mp = mirai_map(endless(), operator.neg)
+                self.assertEqual([m.result(10) for m in itertools.islice(mp, 10)], [-i for i in range(10)])
+                after_ten = pulled[0]
+                self.assertLessEqual(after_ten, 50_000)
+                self.assertEqual([mirai.mirai(abs, -i).result(10) for i in range(50)], list(range(50)))
+                self.assertEqual(pulled[0], after_ten, "pulled though nobody consumed")
+                self.assertEqual([m.result(10) for m in itertools.islice(mp, 1000)], [-i for i in range(10, 1010)])
+                self.assertEqual(by, {threading.get_ident()})
+
+    def test_a_window_is_wide_enough_for_every_daemon(self):
+        for n in (1, 4):
+            with self.subTest(n=n), Gate() as gate, daemons(n):
+                mp = mirai_map((i for i in range(100)), gate.enter)
+                consumer = threading.Thread(target=lambda mp=mp: [m.result() for m in mp], daemon=True)
+                consumer.start()
+                for _ in range(100 // n):
+                    self.assertEqual(len({gate.arrived()[1] for _ in range(n)}), n)
+                    gate.open()
+                consumer.join(10)
+                self.assertFalse(consumer.is_alive())
+
+    def test_len_of_a_lazy_map_raises_until_it_is_exhausted(self):
+        with daemons(2):
+            mp = mirai_map((i for i in range(300)), operator.neg)
+            with self.assertRaises(TypeError):
+                len(mp)
+            self.assertEqual(next(iter(mp)).result(10), 0)
+            self.assertEqual([m.result(10) for m in mp], [-i for i in range(1, 300)])
+            self.assertEqual(len(mp), 300)
+            for pull in (lambda mp: mp[:], lambda mp: mp.results(), mirai.collect_mirai, lambda mp: mirai.call_mirai(mp)[:]):
+                mp = mirai_map((i for i in range(300)), operator.neg)
+                self.assertEqual(pull(mp), [-i for i in range(300)])
+                self.assertEqual((len(mp), mp[:], mp.data), (300, *[[-i for i in range(300)]] * 2))     # kept
+                self.assertEqual((mp[5].result(), unresolved(mp), mp.names), (-5, 0, None))
+            self.assertEqual(mirai_map(iter([]), abs)[:], [])
+            self.assertEqual(list(mirai_map(iter([]), abs)), [])
+
+    def test_unsized_iterables_of_every_kind_are_lazy(self):
+        class Unsized:
+            def __iter__(self):
+                return iter(range(5))
+
+        class Endless:
+            def __iter__(self):
+                return itertools.count()
+
+        class Old:
+            def __getitem__(self, i):
+                if i == 5:
+                    raise IndexError
+                return i
+
+        with daemons(2), tempfile.TemporaryFile("w+") as file:
+            file.write("a\nb\n")
+            file.seek(0)
+            for items in (Unsized(), Old(), iter([0, 1, 2, 3, 4]), map(int, "01234"), filter(lambda x: x < 5, itertools.chain(range(9)))):
+                mp = mirai_map(items, operator.neg)
+                with self.assertRaises(TypeError):
+                    len(mp)
+                self.assertEqual(mp[:], [0, -1, -2, -3, -4])
+            self.assertEqual([m.result(10) for m in itertools.islice(mirai_map(Endless(), operator.neg), 3)], [0, -1, -2])
+            self.assertEqual(mirai_map(file, str.strip)[:], ["a", "b"])
+
+    def test_a_generator_that_raises_does_so_to_the_consumer_after_what_it_gave(self):
+        def broken():
+            yield from range(100)
+            raise LookupError("broken")
+
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
+                values = []
+                with self.assertRaisesRegex(LookupError, "^'?broken'?$"):
+                    for m in mirai_map(broken(), _item, trace.path):
+                        values.append(m.result(10))
+                self.assertEqual(values, list(range(0, 200, 2)))
+                self.assertEqual(trace.begun(), collections.Counter(range(100)))
+                for pull in (lambda mp: mp[:], lambda mp: mp.results(), mirai.collect_mirai, mirai.call_mirai):
+                    with self.assertRaises(LookupError):
+                        pull(mirai_map(broken(), operator.neg))
+                wait_until(lambda: info()[2:4] == (0, 0), 10)
+                self.assertEqual(mirai_map([-1], abs)[:], [1])
+
+    def test_a_generator_may_use_mirais_itself(self):
+        def nested():
+            for i in range(50):
+                yield mirai.mirai(operator.neg, i).result(10)
+
+        with daemons(2):
+            self.assertEqual(mirai_map(nested(), operator.neg)[:], list(range(50)))
+            self.assertEqual([m.result(10) for m in mirai_map((m.result(10) for m in mirai_map(range(50), operator.neg)), operator.neg)],
+                             list(range(50)))
+
+    def test_two_threads_that_consume_one_lazy_map_get_every_item_once_between_them(self):
+        with daemons(2):
+            mp = mirai_map((i for i in range(2000)), operator.neg)
+            found = _at_once(2, lambda _: [m.result(10) for m in mp])
+            self.assertEqual(sorted(found[0] + found[1]), list(range(-1999, 1)))
+
+    def test_an_item_of_a_generator_that_cant_be_serialized_is_said_where_it_is_consumed(self):
+        def items():
+            yield from (1, 2)
+            yield _Locked()
+            yield 3
+
+        with daemons(1):
+            mp = mirai_map(items(), _id)
+            found = []
+            try:
+                for m in mp:
+                    found.append(m[:])
+            except TypeError as error:
+                self.assertEqual(found, [1, 2])
+                self.assertIn("lock", str(error))
+            else:
+                self.assertEqual((found[:2], found[3:]), ([1, 2], [3]))
+                self.assertTrue(mirai.is_error_value(found[2]))
+                self.assertIn("lock", str(found[2]))
+            wait_until(lambda: info()[2:4] == (0, 0), 10)
+
+    def test_errors_deaths_and_order_of_a_lazy_map_are_those_of_any_map(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
+                ways = {100: "SIGKILL", 250: "os._exit", 251: "SIGKILL"}
+                values = [m[:] for m in mirai_map(iter(range(400)), _deadly, trace.path, ways)]
+                self.assertEqual([i for i, v in enumerate(values) if type(v) is MiraiConnectionReset], list(ways))
+                self.assertEqual([v for i, v in enumerate(values) if i not in ways], [i for i in range(400) if i not in ways])
+                self.assertEqual(trace.begun(), collections.Counter(range(400)))
+                self.assertEqual([mirai.is_mirai_error(m[:]) for m in mirai_map(iter([1, 0, 2]), lambda x: 1 / x)], [False, True, False])
+
+    def test_looking_at_an_endless_map_ends(self):
+        with daemons(1):
+            mp = mirai_map(itertools.count(), operator.neg)
+            self.assertIn("mirai map", repr(mp))
+            self.assertIsInstance(unresolved(mp), int)
+            self.assertTrue(mirai.is_mirai_map(mp))
+            self.assertEqual(next(iter(mp)).result(10), 0)
+            repr(mp), unresolved(mp), bool(mp is mp)
+            self.assertIsInstance(stop_mirai(mp), list)
+            self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+
+    def test_a_stopped_lazy_map_pulls_no_more(self):
+        pulled = [0]
+
+        def endless():
+            for pulled[0] in itertools.count(1):
+                yield pulled[0]
+
+        with Gate() as gate, daemons(1):
+            mp = mirai_map(endless(), gate.enter)
+            first = next(iter(mp))
+            gate.arrived()
+            stop_mirai(mp)
+            self.assertTrue(first.cancelled() or not first.done())
+            first.cancel()
+            before = pulled[0]
+            left = list(itertools.islice(mp, 10))       # whatever it gives, it is over
+            self.assertTrue(all(m.done() for m in left))
+            self.assertEqual(pulled[0], before)
+            self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+
+    def test_a_lazy_map_that_is_dropped_lets_its_generator_go(self):
+        closed = []
+
+        def endless():
+            try:
+                yield from itertools.count()
+            finally:
+                closed.append(1)
+
+        with daemons(1):
+            mp = mirai_map(endless(), operator.neg)
+            self.assertEqual([m.result(10) for m in itertools.islice(mp, 3)], [0, -1, -2])
+            del mp
+            wait_until(lambda: gc.collect() is not None and closed, 10, "the generator's end")
+            self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+
+    MEMORY = """
+        import itertools, os, sys, mirai
+        def size(pid):
+            with open(f"/proc/{pid}/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        def family():
+            parents = {}
+            for name in os.listdir("/proc"):
+                if name.isdigit():
+                    try:
+                        with open(f"/proc/{name}/stat") as file:
+                            parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+                    except OSError:
+                        pass
+            found = [os.getpid()]
+            for pid in found:
+                found += [child for child, parent in parents.items() if parent == pid]
+            return found
+        n, ballast = int(sys.argv[1]), 300
+        with mirai.daemons(2):
+            pids, most, base, seen = None, {}, {}, 0
+            for m in mirai.mirai_map((b"%d" % i + b"x" * ballast for i in range(n)), bytes.upper):
+                value = m.result()
+                assert value.endswith(b"XXX") and int(value.rstrip(b"X")) == seen
+                seen += 1
+                if seen == n // 10:
+                    pids = family()
+                    base = {pid: size(pid) for pid in pids}
+                if pids and seen % 2000 == 0:
+                    most = {pid: max(most.get(pid, 0), size(pid)) for pid in pids}
+            print(seen, max(most[pid] - base[pid] for pid in pids) >> 20, most[os.getpid()] - base[os.getpid()] >> 20)
+        """
+
+    def test_a_map_over_a_generator_keeps_memory_flat(self):
+        n = 1_000_000 if MIRAI_LONG else 200_000
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        done = run_python(self.MEMORY, str(n), timeout=LONG if n < 1_000_000 else 4 * LONG)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        seen, most, host = map(int, done.stdout.split())        # kept items or results would be 54 MB and more
+        self.assertEqual(seen, n)
+        self.assertLess(host, 15, "MB that the host grew by")
+        self.assertLess(most, 25, "MB that one of its processes grew by")
+
+    def test_a_map_that_is_dropped_leaves_nothing_in_the_host(self):
+        done = run_python("""
+            import gc, os, mirai
+            def size():
+                with open("/proc/self/statm") as file:
+                    return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+            with mirai.daemons(2):
+                sizes = []
+                for i in range(15):
+                    mp = mirai.mirai_map([b"x" * 50_000] * 200, bytes.upper)
+                    if i % 2:
+                        assert mp.results()[-1][:1] == b"X"
+                    del mp
+                    mirai.mirai(abs, -1).result()       # after it, in order
+                    while mirai.info()[2:4] != (0, 0):
+                        pass
+                    gc.collect()
+                    sizes.append(size())
+                print(sizes[4], max(sizes[4:]))
+            """, timeout=SOON)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        base, most = map(int, done.stdout.split())
+        self.assertLess(most - base, 40, "MB; kept results would be 100")
+
+    def test_items_of_a_map_that_is_dropped_run_all_the_same(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
+                mirai_map(range(300), _item, trace.path)
+                gc.collect()
+                wait_until(lambda: len(trace.ended()) == 300, 10)
+                self.assertEqual(trace.begun(), collections.Counter(range(300)))
+                wait_until(lambda: info()[2:4] == (0, 0), 10)
+
+    def test_a_mirai_outlives_its_map(self):
+        with daemons(2):
+            mp = mirai_map(range(500), lambda x: [x] * 3)
+            kept = [mp[i] for i in (0, 250, 499)]
+            del mp
+            gc.collect()
+            self.assertEqual([m.result(10) for m in kept], [[0] * 3, [250] * 3, [499] * 3])
+
+    # -- collecting: flat, progress, stop; loops; whoever else waits
+
+    def test_flat_gives_one_list_of_the_elements(self):
+        def flat(items, f=lambda x: x):
+            return mirai.collect_mirai(mirai_map(items, f), flat=True)
+
+        with daemons(2):
+            self.assertEqual(flat([[1, 2], [], [3]]), [1, 2, 3])
+            self.assertEqual(flat([(1, 2), [3], 4]), [1, 2, 3, 4])
+            self.assertEqual(flat(["ab", "c"]), ["ab", "c"])         # texts are values, not their letters
+            self.assertEqual(flat([[[1], [2]], [[3]]]), [[1], [2], [3]])        # one level
+            self.assertEqual(flat({"a": [1], "b": [2, 3]}), [1, 2, 3])
+            self.assertEqual((flat([]), flat([[], []])), ([], []))
+            self.assertEqual(flat(iter([[1], [2, 3]])), [1, 2, 3])
+            self.assertEqual(mirai.collect_mirai([mirai.mirai(list, "ab"), mirai.mirai(str, "c")], flat=True), ["a", "b", "c"])
+            self.assertEqual(flat(range(1000), lambda x: [x, x]), [x for x in range(1000) for _ in "ab"])
+            for wrong in ([1, "a"], [[1], ["a"]], [[1, "a"]], [1, None]):
+                with self.subTest(wrong=wrong), self.assertRaises(TypeError) as caught:
+                    flat(wrong)
+                self.assertIn("int", str(caught.exception))
+            with self.assertRaises(ZeroDivisionError):
+                flat([1, 0, 2], lambda x: 1 / x)
+            self.assertEqual(mirai.collect_mirai(mirai_map([[1], [2]], list), flat=False), [[1], [2]])
+
+    def test_stop_raises_at_the_first_failure_and_cancels_what_has_not_run(self):
+        def work(x, path, enter):
+            _note(path, "begin", x)
+            if x in (28, 29, 30):
+                enter(x)
+            if x == 30:
+                raise LookupError(x)
+            return x
+
+        for size in (None, 64):
+            with self.subTest(size=size), Trace() as trace, Gate() as gate, granting(size), daemons(3):
+                mp = mirai_map(range(500), work, trace.path, gate.enter)
+                labels = [gate.arrived()[0] for _ in range(3)]
+                self.assertEqual(sorted(labels), [28, 29, 30])
+                self.assertEqual([m.result(10) for m in itertools.islice(mp, 28)], list(range(28)))
+                with self.assertRaises(LookupError) as caught:
+                    gate.held.pop(labels.index(30)).close()
+                    mirai.collect_mirai(mp, stop=True)
+                self.assertEqual((caught.exception.args, unresolved(mp)), ((30,), 0))
+                self.assertTrue(mp[28].cancelled() and mp[29].cancelled())
+                self.assertEqual(len(_pids(3)), 3)      # those two were interrupted: their gate is closed
+                begun = trace.begun()
+                self.assertLessEqual({i for i, m in enumerate(mp) if not m.cancelled()}, set(begun))
+                self.assertEqual(max(begun.values()), 1)
+
+    def test_stop_ends_a_map_over_an_endless_generator(self):
+        with daemons(2):
+            with self.assertRaises(ZeroDivisionError):
+                mirai.collect_mirai(mirai_map(itertools.count(), lambda x: 1 // (50 - x)), stop=True)
+            self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+
+    def test_progress_counts_items_and_works_without_knowing_how_many_there_are(self):
+        done = run_python("""
+            import operator, mirai
+            mirai.daemons(2)
+            for items in (range(3000), iter(range(500)), dict.fromkeys("abc", 1)):
+                mirai.collect_mirai(mirai.mirai_map(items, operator.neg), progress=True)
+            mirai.mirai_map(range(7), operator.neg).results(progress=True)
+            """, timeout=SOON)
+        self.assertEqual((done.returncode, done.stdout), (0, ""), done.stderr)
+        for text in ("3000/3000", "500", "3/3", "7/7"):
+            self.assertIn(text, done.stderr)
+
+    def test_async_for_gives_values_in_the_order_of_completion(self):
+        async def main(mp, gate):
+            found = []
+            async for value in mp:
+                found.append(value)
+                if len(found) == 99:
+                    gate.arrived()
+                    gate.open()
+            return found
+
+        for size, lazy in itertools.product((None, 64), (False, True)):
+            with self.subTest(size=size, lazy=lazy), Gate() as gate, granting(size), daemons(2):
+                mp = mirai_map(iter(range(100)) if lazy else range(100), _held, gate.enter, (3,))
+                found = asyncio.run(asyncio.wait_for(main(mp, gate), SOON))
+                self.assertEqual((sorted(found), found[-1]), (list(range(100)), 3))
+
+    def test_async_for_raises_what_the_first_to_fail_raised(self):
+        async def main(mp):
+            found = []
+            try:
+                async for value in mp:
+                    found.append(value)
+            except LookupError:
+                return found
+            return None
+
+        with Gate() as gate, daemons(2):
+            mp = mirai_map(range(100), lambda x, enter: enter(x) if x == 3 else _raise(LookupError(x)) if x == 50 else x, gate.enter)
+            gate.arrived()
+            found = asyncio.run(asyncio.wait_for(main(mp), 20))
+            self.assertIsNotNone(found)
+            self.assertTrue(set(found) <= set(range(100)) - {3, 50}, found)
+            gate.open()
+
+    def test_async_for_over_an_endless_generator_can_be_left(self):
+        async def main():
+            found, ticks = [], [0]
+
+            async def tick():
+                while True:
+                    ticks[0] += 1
+                    await asyncio.sleep(0)
+
+            ticking = asyncio.ensure_future(tick())
+            async for value in mirai_map(itertools.count(), lambda x: time.sleep(0.001) or x):
+                found.append(value)
+                if len(found) == 200:
+                    break
+            ticking.cancel()
+            return found, ticks[0]
+
+        with daemons(2):
+            found, ticks = asyncio.run(asyncio.wait_for(main(), 20))
+            self.assertEqual(len(set(found)), 200)
+            self.assertGreater(ticks, 20, "the loop was blocked")
+            self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
+
+    def test_two_event_loops_may_go_through_one_map(self):
+        async def main(mp):
+            return sorted([value async for value in mp])
+
+        with daemons(2):
+            mp = mirai_map(range(300), operator.neg)
+            self.assertEqual(_at_once(2, lambda _: asyncio.run(asyncio.wait_for(main(mp), 20))), [list(range(-299, 1))] * 2)
+            self.assertEqual(asyncio.run(main(mp)), list(range(-299, 1)))
+            self.assertEqual(asyncio.run(main(mirai_map([], abs))), [])
+
+    def test_gather_and_await_take_the_items_of_a_map(self):
+        async def main(mp):
+            first = await mp[0]
+            return first, await asyncio.gather(*mp)
+
+        with daemons(2):
+            self.assertEqual(asyncio.run(asyncio.wait_for(main(mirai_map(range(1000), operator.neg)), 20)), (0, [-i for i in range(1000)]))
+
+            async def failing():
+                return await asyncio.gather(*mirai_map([1, 0], lambda x: 1 / x), return_exceptions=True)
+
+            found = asyncio.run(asyncio.wait_for(failing(), 20))
+            self.assertEqual((found[0], type(found[1])), (1.0, ZeroDivisionError))
+
+    def test_what_waits_for_futures_takes_the_items_of_a_map(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Gate() as gate, granting(size), daemons(2):
+                mp = mirai_map(range(200), _held, gate.enter, (3,))
+                gate.arrived()
+                done, not_done = concurrent.futures.wait(mp, 10, return_when=concurrent.futures.FIRST_COMPLETED)
+                self.assertTrue(done)
+                completed = concurrent.futures.as_completed(mp, 20)
+                self.assertEqual(sorted(next(completed).result() for _ in range(199)), [i for i in range(200) if i != 3])
+                self.assertTrue(race_mirai(mp) in range(200) and race_mirai([mp[3], mp[4]]) == 1)
+                called = []
+                mp[3].add_done_callback(called.append)
+                mp[5].add_done_callback(called.append)
+                wait_until(lambda: called == [mp[5]], 5)
+                self.assertIs(mp[3], mp[3])
+                gate.open()
+                self.assertIs(next(completed), mp[3])
+                wait_until(lambda: called == [mp[5], mp[3]], 5)
+
+    def test_results_come_in_order_while_the_map_runs(self):
+        for size in (None, 64):
+            with self.subTest(size=size), Gate() as gate, granting(size), daemons(2):
+                mp = mirai_map(range(100), _held, gate.enter, (30,))
+                found = []
+                for m in mp:
+                    if len(found) == 30:
+                        self.assertFalse(m.done())
+                        gate.arrived()
+                        gate.open()
+                    found.append(m.result(10))
+                self.assertEqual(found, list(range(100)))
+                self.assertEqual([m.result() for m in mp], found)       # and again
+
+    def test_two_maps_at_once_from_two_threads_keep_apart(self):
+        for size in (None, 64):
+            with self.subTest(size=size), granting(size), daemons(2):
+                found = _at_once(2, lambda k: [mirai_map(range(3000), lambda x, k: (k, x), k).results() for _ in range(3)])
+                self.assertEqual(found, [[[(k, x) for x in range(3000)]] * 3 for k in range(2)])
+
+    def test_eight_threads_wait_for_one_map_and_cancel_in_it(self):
+        with Trace() as trace, granting(None), daemons(2):
+            mp = mirai_map(range(800), _item, trace.path, seconds=0.0002)
+
+            def work(k):
+                cancelled = [i for i in range(k, 800, 40) if mp[i].cancel()]
+                return cancelled, mp[:]
+
+            found = _at_once(8, work)
+            cancelled = {i for some, _ in found for i in some}
+            self.assertGreater(len(cancelled), 0)
+            for _, values in found:
+                self.assertEqual([MiraiCancelled if i in cancelled else 2 * i for i in range(800)],
+                                 [type(v) if mirai.is_error_value(v) else v for v in values])
+            self.assertEqual(max(trace.begun().values()), 1)
+
+    def test_ctrl_c_while_waiting_for_a_map_leaves_the_map_running(self):
+        with Gate() as gate, daemons(2):
+            mp = mirai_map(range(200), _held, gate.enter, (50,))
+            gate.arrived()
+            for wait in (lambda: mp[:], mp.results, lambda: mirai.collect_mirai(mp), lambda: mirai.call_mirai(mp), lambda: mp[50].result()):
+                timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+                timer.start()
+                with self.assertRaises(KeyboardInterrupt):
+                    wait()
+                timer.join()
+            self.settled(mp, but=1)
+            gate.open()
+            self.assertEqual(mp[:], list(range(200)))
+
+    def test_a_host_that_is_killed_in_mid_map_leaves_no_process_behind(self):
+        with Host("""
+                import time, mirai
+                mirai.daemons(2)
+                mp = mirai.mirai_map(range(100_000), lambda x: time.sleep(0.001))
+                mp[10].result()
+                print("ready")
+                mp[:]
+                """) as host:
+            self.assertEqual(host.line(), "ready")
+            family = family_of(host.pid)
+            self.assertGreaterEqual(len(family), 4)
+            host.process.kill()
+            wait_until(lambda: not any(map(is_alive, family)), 2.0, "the end of all that the host began")
+
+    # -- maps within maps
+
+    def test_daemons_in_a_map_item_is_refused_and_says_how_in_two_steps(self):
+        def nested(_, how):
+            import mirai
+            try:
+                with mirai.daemons(2, **how):
+                    return "allowed"
+            except RuntimeError as error:
+                return str(error)
+
+        for size in (None, 64):
+            with self.subTest(size=size), granting(size), daemons(1):
+                for text in mirai_map(range(3), nested, {})[:] + mirai_map(iter(range(3)), nested, {"compute": "inner"})[:]:
+                    self.assertIn("local_url()", text)
+                    self.assertIn("launch_local(", text)
+                self.assertEqual(mirai.mirai(nested, 0, {}).result(20), "allowed")       # a task of its own may
+
+    def test_the_two_step_way_is_open_to_map_items(self):
+        def nested(x):
+            import mirai
+            mirai.daemons(url=mirai.local_url())
+            mirai.launch_local(1)
+            found = mirai.mirai_map(range(5), lambda y, x: (x, y), x)[:]
+            mirai.daemons(0)
+            return found
+
+        for size in (None, 64):
+            with self.subTest(size=size), granting(size), daemons(2):
+                mp = mirai_map(range(4), nested)
+                self.settled(mp)
+                self.assertEqual(mp[:], [[(x, y) for y in range(5)] for x in range(4)])
+
+    def test_a_reset_in_a_map_item_is_allowed(self):
+        def nested(_):
+            import mirai
+            return bool(mirai.daemons(0)), mirai.daemons_set(), mirai.on_daemon()
+
+        with daemons(1):
+            self.assertEqual(mirai_map(range(3), nested)[:], [(False, False, True)] * 3)
+
+    # -- random streams
+
+    def test_with_a_seed_each_item_has_its_own_stream_whatever_runs_it(self):
+        def draw(x):
+            return random.random(), random.getrandbits(32)
+
+        found = []
+        for n, size, lazy in ((1, None, False), (2, None, False), (5, None, True), (2, 1, False), (3, 64, False), (2, 16, True)):
+            with granting(size), daemons(n, seed=1):
+                before = mirai.mirai(draw, 0).result(10)
+                values = mirai_map(iter(range(300)) if lazy else range(300), draw)[:]
+                found.append((before, values, mirai.mirai(draw, 0).result(10)))
+        for other in found[1:]:
+            self.assertEqual(other, found[0])
+        self.assertEqual(len({found[0][0], *found[0][1], found[0][2]}), 302)
+        with daemons(2, seed=2):
+            self.assertNotEqual(mirai_map(range(300), draw)[:][0], found[0][1][0])
+
+    def test_with_a_seed_an_item_that_is_run_again_draws_the_same(self):
+        def draw(x, path, deadly):
+            drawn = random.random()
+            if x in deadly:
+                _note(path, "begin", x)
+                with open(path) as file:
+                    if sum(line.startswith(f"begin {x} ") for line in file) < 2:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            return drawn
+
+        with Trace() as trace:
+            found = []
+            for deadly in ((), (3, 50)):
+                with daemons(2, seed=7):
+                    found.append(mirai_map(range(100), draw, trace.path, deadly, _retries=1)[:])
+            self.assertEqual(found[0], found[1])
+
+    def test_with_a_seed_cancels_and_deaths_shift_nobodys_stream(self):
+        def draw(x, enter):
+            if enter and x == 0:
+                enter(x)
+            return random.random()
+
+        with daemons(1, seed=7):
+            plain = mirai_map(range(100), draw, None)[:]
+        with Gate() as gate, daemons(2, seed=7):
+            mp = mirai_map(range(100), draw, gate.enter)
+            os.kill(gate.arrived()[1], signal.SIGKILL)
+            self.settled(mp)
+            self.assertEqual(mp[:][1:], plain[1:])
+        with Gate() as gate, daemons(1, seed=7):
+            mp = mirai_map(range(100), draw, gate.enter)
+            gate.arrived()
+            stop_mirai([mp[i] for i in range(1, 50)])
+            gate.open()
+            self.settled(mp)
+            self.assertEqual(mp[:][50:], plain[50:])
+
+
+# -- everywhere, as a user has it
+
+
+def on_each(n, source, **names):
+    """The values of an expression on each of n daemons, which are all busy with it at once."""
+    with Gate() as gate:
+        held = [mirai.mirai(f"enter({source})", enter=gate.enter, **names) for _ in range(n)]
+        found = dict(reversed(gate.arrived()) for _ in range(n))
+        gate.open()
+        outcomes(held)
+    if len(found) != n:
+        raise AssertionError(f"{len(found)} of {n} daemons took part")
+    return list(found.values())
+
+
+LOADER = """
+    import os
+
+    model, seen = None, 0
+
+    def load(scale, *, shift=0):
+        global model
+        model = [scale, shift]
+        return os.getpid()
+
+    def use(x):
+        return model[0] * x + model[1]
+
+    def peek():
+        return globals().get("model"), globals().get("extra")
+    """
+
+
+class TestEverywhere(Case):
+    def test_it_evaluates_once_on_every_daemon_and_is_a_map_of_the_values(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(3, **mode):
+                mp = mirai.everywhere(os.getpid)
+                self.assertTrue(mirai.is_mirai_map(mp))
+                self.assertEqual((len(mp), len(list(mp)), mp.names), (3, 3, None))
+                self.assertEqual(set(outcomes(mp)), _pids(3) if mode["dispatcher"] else set(mp.results()))
+                self.assertEqual(len(set(mp[:])), 3)
+                self.assertEqual(outcomes(mirai.everywhere("1 + x", x=1)), [2, 2, 2])
+                self.assertEqual(outcomes(mirai.everywhere("y = 1")), [None] * 3)
+                self.assertEqual(outcomes(mirai.everywhere(divmod, 7, 2)), [(3, 1)] * 3)
+                self.assertEqual(outcomes(mirai.everywhere(int, "ff", base=16)), [255] * 3)
+
+    def test_what_source_assigns_and_imports_is_there_for_all_later_tasks(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(2, **mode):
+                mp = mirai.everywhere("import math as m; model = m.sqrt(scale)", scale=16)
+                self.assertEqual(outcomes(mp), [None, None])
+                self.assertEqual(on_each(2, "[model, scale, m.floor(2.5)]"), [[4.0, 16, 2]] * 2)
+                ms = [mirai.mirai("model + m.floor(x)", x=x + 0.5) for x in range(20)]
+                self.assertEqual(outcomes(ms), [4.0 + x for x in range(20)])
+
+    def test_its_keyword_arguments_become_global_names(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(2, **mode):
+                outcomes(mirai.everywhere("", a=1, b=2))
+                self.assertEqual(outcomes([mirai.mirai("a + b") for _ in range(4)]), [3] * 4)
+                self.assertEqual(outcome(mirai.mirai("a + b", a=10)), 12)
+                self.assertEqual(outcomes([mirai.mirai("a + b") for _ in range(4)]), [3] * 4)
+
+    def test_what_a_function_declares_global_is_there_for_functions_of_the_same_script(self):
+        for mode in MODES:
+            at = written(LOADER)
+            with self.subTest(**mode), daemons(2, **mode):
+                pids = outcomes(mirai.everywhere(at.load, 3, shift=1))
+                self.assertEqual(len(set(pids)), 2)
+                self.assertEqual(outcomes(mirai_map(range(6), at.use)), [3 * x + 1 for x in range(6)])
+                self.assertEqual(outcomes([mirai.mirai(at.use, x) for x in range(6)]), [3 * x + 1 for x in range(6)])
+                self.assertIsNone(at.model)
+
+    def test_functions_and_source_share_the_names_of_a_script(self):
+        at = written(LOADER)
+        with daemons(1):
+            outcomes(mirai.everywhere("model, extra = (2, 0), 'more'"))
+            self.assertEqual(outcome(mirai.mirai(at.use, 5)), 10)
+            self.assertEqual(outcome(mirai.mirai(at.peek)), ((2, 0), "more"))
+            outcomes(mirai.everywhere(at.load, 7))
+            self.assertEqual(outcome(mirai.mirai("model")), [7, 0])
+
+    def test_names_that_it_assigned_are_not_overwritten_by_what_functions_bring(self):
+        at = written(LOADER)
+        with daemons(1):
+            outcomes(mirai.everywhere("model = (2, 0)"))
+            at.model = [100, 100]                       # what the host has by that name stays with the host
+            self.assertEqual(outcome(mirai.mirai(at.use, 5)), 10)
+            self.assertEqual(outcomes(mirai_map([1, 2], at.use)), [2, 4])
+            self.assertEqual(outcome(mirai.mirai("model")), (2, 0))
+            outcomes(mirai.everywhere("model = (3, 0)"))        # save by the next call
+            self.assertEqual(outcome(mirai.mirai(at.use, 5)), 15)
+
+    def test_names_that_it_did_not_assign_follow_the_host(self):
+        at = written("""
+            level = 1
+            def read():
+                return level, other
+            """)
+        with daemons(1):
+            outcomes(mirai.everywhere("other = 'daemon'"))
+            at.other = "host"
+            for at.level in (1, 2):
+                self.assertEqual(outcome(mirai.mirai(at.read)), (at.level, "daemon"))
+
+    def test_it_works_as_a_script(self):
+        done = run_python("""
+            import mirai, os, signal
+            model = None
+            def load(scale):
+                global model
+                model = {"scale": scale}
+            def use(x):
+                return model["scale"] * x
+            with mirai.daemons(2):
+                mirai.everywhere(load, 3)[:]
+                print(mirai.mirai_map(range(4), use).results())
+                mirai.mirai(os.kill, mirai.mirai(os.getpid).result(), signal.SIGKILL)[:]
+                print(mirai.mirai_map(range(4), use).results(), model)
+                mirai.everywhere("import math as m; model = load_it(2)", load_it=lambda x: {"scale": m.pow(x, 1)})[:]
+                print(mirai.mirai_map(range(4), use).results(), mirai.mirai("model").result())
+            """)
+        self.assertEqual((done.stderr, done.stdout.splitlines()), (
+            "", ["[0, 3, 6, 9]", "[0, 3, 6, 9] None", "[0.0, 2.0, 4.0, 6.0] {'scale': 2.0}"]))
+
+    def test_what_it_changes_outlasts_the_cleanup_after_tasks(self):
+        at = written("""
+            import os, sys, warnings
+            def prepare(folder):
+                global extra
+                extra = ["prepared"]
+                sys.path.append("/prepared")
+                os.environ["PREPARED"] = "yes"
+                os.environ.pop("TO_BE_REMOVED", None)
+                os.chdir(folder)
+                warnings.filterwarnings("ignore", "prepared")
+            def disturb():
+                global extra, left
+                extra = left = "disturbed"
+                sys.path[:] = ["/disturbed"]
+                os.environ["PREPARED"], os.environ["TO_BE_REMOVED"], os.environ["LEFT"] = "no", "no", "no"
+                os.chdir("/")
+                warnings.resetwarnings()
+            def look():
+                return (globals().get("extra"), globals().get("left"), sys.path[-1], os.environ.get("PREPARED"),
+                        os.environ.get("TO_BE_REMOVED"), os.environ.get("LEFT"), os.getcwd(), warnings.filters[0][1].pattern)
+            """)
+        with tempfile.TemporaryDirectory() as folder, changed_environ(TO_BE_REMOVED="there"):
+            expected = (["prepared"], None, "/prepared", "yes", None, None, os.path.realpath(folder), "prepared")
+            for mode in MODES:
+                with self.subTest(**mode), daemons(1, **mode):
+                    outcomes(mirai.everywhere(at.prepare, folder))
+                    self.assertEqual(outcome(mirai.mirai(at.look)), expected)
+                    outcome(mirai.mirai(at.disturb))
+                    self.assertEqual(outcome(mirai.mirai(at.look)), expected)
+
+    def test_no_later_task_starts_on_a_daemon_before_it_has_run_there_and_no_earlier_one_after(self):
+        with Gate() as gate, daemons(2):
+            held = [mirai.mirai("enter(i)", enter=gate.enter, i=i) for i in range(2)]
+            gate.arrived(), gate.arrived()
+            calls, stages = [], []
+            for stage in range(1, 4):
+                stages.append([mirai.mirai(_name("stage")) for _ in range(10)])
+                calls.append(mirai.everywhere("stage = s", s=stage))
+            after = [mirai.mirai(_name("stage")) for _ in range(10)]
+            self.assertFalse(any(m.done() for call in calls for m in call))
+            gate.open()
+            self.assertEqual(outcomes(after), [3] * 10)
+            self.assertEqual([outcomes(ms) for ms in stages], [[None] * 10, [1] * 10, [2] * 10])
+            self.assertEqual([outcomes(call) for call in calls], [[None, None]] * 3)
+            outcomes(held)
+
+    def test_a_daemon_that_is_free_does_not_wait_for_those_that_are_busy(self):
+        with Gate() as gate, daemons(2):
+            held = mirai.mirai(gate.enter)
+            gate.arrived()
+            mp = mirai.everywhere("stage = 1\nstage")
+            self.assertEqual(outcome(mirai.mirai("stage")), 1)
+            self.assertEqual(unresolved(mp), 1)
+            gate.open()
+            self.assertEqual((outcomes(mp), outcome(held)), ([1, 1], None))
+
+    def test_it_comes_between_the_maps_before_and_after(self):
+        at = written("def look(_): return globals().get('stage')")
+        for mode in MODES:
+            with self.subTest(**mode), daemons(2, **mode):
+                before = mirai_map(range(2000), at.look)
+                call = mirai.everywhere("stage = 1")
+                after = mirai_map(range(2000), at.look)
+                self.assertEqual(set(outcomes(after)), {1})
+                self.assertLessEqual(set(outcomes(before)), {None})
+                self.assertEqual(outcomes(call), [None, None])
+
+    def test_in_direct_mode_each_daemons_own_tasks_keep_their_order(self):
+        with Gate() as gate, daemons(2, dispatcher=False):
+            held = [mirai.mirai(gate.enter) for _ in range(2)]
+            gate.arrived(), gate.arrived()
+            before = [mirai.mirai(_name("stage")) for _ in range(6)]
+            call = mirai.everywhere("stage = 1\nstage")
+            after = [mirai.mirai(_name("stage")) for _ in range(6)]
+            gate.open()
+            self.assertEqual((outcomes(before), outcomes(call), outcomes(after)), ([None] * 6, [1, 1], [1] * 6))
+            outcomes(held)
+
+    def test_a_relaunched_daemon_has_all_of_it_in_order_before_its_first_task(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(2, **mode):
+                outcomes(mirai.everywhere("log = ['first']"))
+                outcomes(mirai.everywhere("log.append('second')"))
+                outcomes(mirai.everywhere("log = [*log, word]", word="third"))
+                pids = set(outcomes(mirai.everywhere(os.getpid)))
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+                wait_until(lambda: info().cumulative == 4 and connections() == 2, SOON, "two new daemons")
+                self.assertEqual(outcomes([mirai.mirai("log") for _ in range(4)]), [["first", "second", "third"]] * 4)
+                self.assertFalse(pids & set(outcomes(mirai.everywhere(os.getpid))))
+
+    def test_tasks_that_wait_for_the_successor_find_it_prepared(self):
+        for mode in MODES:
+            at = written(LOADER)
+            with self.subTest(**mode), Gate() as gate, daemons(1, **mode):
+                outcomes(mirai.everywhere(at.load, 2))
+                running = mirai.mirai(gate.enter)
+                _, pid = gate.arrived()
+                ms = [mirai.mirai(at.use, 4) for _ in range(3)]
+                os.kill(pid, signal.SIGKILL)
+                self.assertEqual(outcomes(ms), [8] * 3)
+                self.assertIsInstance(outcome(running), MiraiConnectionReset)
+
+    def test_those_of_launch_local_replay_it(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(1, **mode):
+                outcomes(mirai.everywhere("log = ['first']"))
+                outcomes(mirai.everywhere("log.append('second')"))
+                launch_local(2)
+                self.assertEqual(on_each(3, "log"), [["first", "second"]] * 3)
+
+    def test_one_that_is_started_by_hand_replays_it(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(1, url="tcp://127.0.0.1:0", **mode):
+                outcomes(mirai.everywhere("log = [1]"))
+                outcomes(mirai.everywhere("log.append(2)"))
+                with ByHand(status()["daemons"]) as one:
+                    joined(2)
+                    self.assertEqual(on_each(2, "log"), [[1, 2]] * 2)
+                    self.assertEqual(outcomes(mirai.everywhere("log.append(3)\nlen(log)")), [3, 3])
+                    self.assertIn(one.pid, outcomes(mirai.everywhere(os.getpid)))
+
+    def test_daemons_that_take_turns_by_maxtasks_replay_it_each(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(1, maxtasks=2, **mode):
+                outcomes(mirai.everywhere("import os; n = 7"))
+                found = outcomes([mirai.mirai("n, os.getpid()") for _ in range(8)])
+                self.assertEqual([n for n, _ in found], [7] * 8)
+                self.assertGreaterEqual(len({pid for _, pid in found}), 4)
+
+    def test_the_replay_has_what_it_needed_though_the_host_has_changed_since(self):
+        at = written("""
+            level = 1
+            data = bytes(3_000_000)
+            def helper(): return level
+            def load():
+                global model
+                model = helper(), len(data)
+            def read(): return model
+            """)
+        with daemons(1):
+            outcomes(mirai.everywhere(at.load))
+            at.level, at.data = 2, b""
+            os.kill(outcome(mirai.mirai(os.getpid)), signal.SIGKILL)
+            wait_until(lambda: info().cumulative == 2 and connections() == 1, SOON, "the successor")
+            self.assertEqual(outcome(mirai.mirai(at.read)), (1, 3_000_000))
+
+    def test_a_call_that_failed_on_every_daemon_is_not_replayed(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(2, **mode):
+                failed = mirai.everywhere("bad = 1\n1 / 0")
+                for value in outcomes(failed):
+                    self.assertIsInstance(value, MiraiError)
+                    self.assertIn("ZeroDivisionError", str(value))
+                with self.assertRaises(ZeroDivisionError):
+                    failed.results()
+                outcomes(mirai.everywhere("good = 2"))
+                for pid in set(outcomes(mirai.everywhere(os.getpid))):
+                    os.kill(pid, signal.SIGKILL)
+                wait_until(lambda: info().cumulative == 4 and connections() == 2, SOON, "two new daemons")
+                self.assertEqual(outcomes([mirai.mirai(f"{_name('bad')}, good") for _ in range(4)]), [(None, 2)] * 4)
+
+    def test_a_call_that_failed_on_some_daemons_only_is_replayed(self):
+        with Noted() as note, daemons(2):
+            source = "import os\nos.close(os.open(path, os.O_CREAT | os.O_EXCL))"
+            values = outcomes(mirai.everywhere(source, path=note.path))
+            self.assertEqual(sorted(isinstance(value, MiraiError) for value in values), [False, True])
+            os.remove(note.path)
+            launch_local(1)
+            self.assertEqual(len(outcomes(mirai.everywhere("1"))), 3)
+            self.assertTrue(os.path.exists(note.path))
+
+    def fail_replays(self, note):
+        """A call that worked, and works no more."""
+        with open(note.path, "w") as file:
+            file.write("weights")
+        self.assertEqual(outcomes(mirai.everywhere("weights = open(path).read()\nlen(weights)", path=note.path)), [7])
+        os.remove(note.path)
+
+    def test_a_replay_that_fails_is_a_failed_launch_of_launch_local(self):
+        for mode in MODES:
+            with self.subTest(**mode), Noted() as note, daemons(1, **mode):
+                self.fail_replays(note)
+                with self.assertRaisesRegex(mirai.LaunchError, "(?s)FileNotFoundError.*noted"):
+                    launch_local(1)
+                self.assertEqual(outcome(mirai.mirai("weights")), "weights")       # the one that is there works on
+
+    def test_a_replay_that_fails_is_a_failed_launch_of_a_successor(self):
+        for mode in MODES:
+            with self.subTest(**mode), Noted() as note, daemons(1, **mode):
+                self.fail_replays(note)
+                os.kill(outcome(mirai.mirai(os.getpid)), signal.SIGKILL)
+                value = outcome(mirai.mirai("weights"))
+                self.assertIsInstance(value, mirai.LaunchError)
+                self.assertRegex(str(value), "(?s)FileNotFoundError.*noted")
+
+    def test_a_replay_that_works_again_ends_the_row_of_failed_launches(self):
+        for mode in MODES:
+            with self.subTest(**mode), Noted() as note, daemons(1, **mode):
+                self.fail_replays(note)
+                os.kill(outcome(mirai.mirai(os.getpid)), signal.SIGKILL)
+                self.assertIsInstance(outcome(mirai.mirai("weights")), mirai.LaunchError)
+                with open(note.path, "w") as file:
+                    file.write("others")
+                launch_local(1)
+                self.assertEqual(outcome(mirai.mirai("weights")), "others")
+
+    def test_a_replay_that_fails_by_hand_ends_that_daemon_and_says_why(self):
+        with Noted() as note, daemons(1, url="tcp://127.0.0.1:0"):
+            self.fail_replays(note)
+            code, said = ByHand(status()["daemons"]).status(SOON)
+            self.assertNotIn(code, (0, 1, 2, 3))
+            self.assertRegex(said, "FileNotFoundError.*noted")
+            self.assertEqual(outcomes([mirai.mirai("weights") for _ in range(3)]), ["weights"] * 3)
+
+    def test_with_a_minimum_it_waits_for_those_that_are_still_to_join(self):
+        with daemons(1):
+            mp = mirai.everywhere("import os; stage = 1; os.getpid()", _min=3)
+            self.assertEqual(len(mp), 3)
+            self.assertEqual(outcome(mirai.mirai("stage")), 1)      # those that are there go on
+            wait_until(lambda: unresolved(mp) == 2, SOON)
+            launch_local(2)
+            self.assertEqual(len(set(outcomes(mp))), 3)
+            self.assertEqual(on_each(3, "stage"), [1] * 3)
+            launch_local(1)
+            self.assertEqual((len(mp), on_each(4, "stage")), (3, [1] * 4))
+            self.assertEqual(len(mirai.everywhere("1", _min=2)), 4)
+
+    def test_with_a_minimum_and_no_daemon_yet_the_first_to_join_answer(self):
+        for mode in MODES:
+            with self.subTest(**mode), daemons(url="tcp://127.0.0.1:0", **mode):
+                mp = mirai.everywhere("import os; os.getpid()", _min=2)
+                later = mirai.mirai("os.getpid()")
+                self.assertEqual((len(mp), unresolved(mp), later.done()), (2, 2, False))
+                with ByHand(status()["daemons"]) as one, ByHand(status()["daemons"]) as two:
+                    self.assertEqual(set(outcomes(mp)), {one.pid, two.pid})
+                    self.assertIn(outcome(later), (one.pid, two.pid))
+
+    def test_it_does_not_advance_the_streams_of_a_seed(self):
+        for mode in (*MODES, {"sync": True}):
+            found = []
+            for calls in (0, 3):
+                with daemons(1, seed=5, **mode):
+                    for _ in range(calls):
+                        outcomes(mirai.everywhere(_draw))
+                    found.append([outcome(mirai.mirai(_draw))])
+                    for _ in range(calls):
+                        outcomes(mirai.everywhere("import random; random.seed(1)"))
+                    found[-1] += outcomes(mirai_map(range(3), _draw))
+            with self.subTest(**mode):
+                self.assertEqual(found[0], found[1])
+
+    def test_its_items_can_be_cancelled_and_the_daemons_work_on(self):
+        for mode in MODES:
+            with self.subTest(**mode), Gate() as gate, daemons(2, **mode):
+                mp = mirai.everywhere(sleeping, gate.enter)
+                pids = {gate.arrived()[1] for _ in range(2)}
+                gate.open()
+                self.assertEqual(stop_mirai(mp), [True, True])
+                self.assertEqual({type(value) for value in mp[:]}, {MiraiCancelled})
+                self.assertEqual(set(outcomes(mirai.everywhere(os.getpid))), pids)
+
+    def test_a_daemon_that_dies_of_it_is_a_19_of_that_item(self):
+        with Noted() as note, daemons(2):
+            source = ("import os\ntry: os.close(os.open(path, os.O_CREAT | os.O_EXCL))\n"
+                      "except FileExistsError: pass\nelse: os._exit(3)")
+            values = outcomes(mirai.everywhere(source, path=note.path))
+            self.assertEqual(sorted(type(value).__name__ for value in values), ["MiraiConnectionReset", "NoneType"])
+            wait_until(lambda: connections() == 2, SOON)
+            self.assertEqual(outcomes([mirai.mirai(abs, -1) for _ in range(4)]), [1] * 4)
+
+    def test_in_sync_mode_it_lasts_until_the_reset_and_leaves_the_host_alone(self):
+        at = written(LOADER)
+        with daemons(sync=True):
+            mp = mirai.everywhere("import math as m; model = (m.floor(s), 1)", s=3.5)
+            self.assertEqual((len(mp), mp[:]), (1, [None]))
+            self.assertEqual(mirai.mirai("model, m.floor(s)")[:], ((3, 1), 3))
+            self.assertEqual(mirai.mirai(at.use, 2)[:], 7)
+            mirai.everywhere(at.load, 5)
+            self.assertEqual((mirai.mirai(at.use, 2)[:], mirai_map([1, 2], at.use)[:]), (10, [5, 10]))
+            self.assertIsInstance(mirai.everywhere("1 / 0")[:][0], MiraiError)
+        self.assertIsNone(at.model)
+        self.assertFalse({"model", "m", "s"} & set(vars(sys.modules["__main__"])))
+        with daemons(sync=True):
+            self.assertIsInstance(mirai.mirai("model")[:], MiraiError)
+
+    def test_another_profile_and_another_setting_know_nothing_of_it(self):
+        with daemons(1, compute="a"), daemons(1, compute="b"):
+            outcomes(mirai.everywhere("stage = 1", _compute="a"))
+            self.assertEqual(outcome(mirai.mirai(_name("stage"), _compute="a")), 1)
+            self.assertIsNone(outcome(mirai.mirai(_name("stage"))))
+            daemons(1, compute="a")
+            self.assertIsNone(outcome(mirai.mirai(_name("stage"), _compute="a")))
+
+    def test_without_daemons_it_is_an_error(self):
+        for f in ("x = 1", os.getpid):
+            with self.assertRaisesRegex(RuntimeError, r"no daemons are set.*daemons\(4\)"):
+                mirai.everywhere(f)
+        with self.assertRaisesRegex(RuntimeError, "'never set'"):
+            mirai.everywhere("x = 1", _compute="never set")
+
+    def test_bad_input_is_an_error_at_the_call(self):
+        for options in (*MODES, {"sync": True}):
+            with self.subTest(**options), daemons(1, **options):
+                for error, text, arguments, named in (
+                        (TypeError, "callable", (3,), {}), (SyntaxError, "", ("1 +",), {}),
+                        (TypeError, "keyword", ("x", 1), {}), (TypeError, "args.0.", (print, threading.Lock()), {}),
+                        (TypeError, "lock", ("x",), {"lock": threading.Lock()}),
+                        (ValueError, "_min", ("x = 1",), {"_min": 0}), (ValueError, "_min", ("x = 1",), {"_min": "2"})):
+                    with self.subTest(arguments=arguments), self.assertRaisesRegex(error, text):
+                        mirai.everywhere(*arguments, **named)
+                self.assertEqual(outcome(mirai.mirai(abs, -1)), 1)
+
+
 # A program, and what is changed in it one after the other: each next call must see it.
 CHANGING = """
 import abc, enum, functools
@@ -12860,7 +16760,7 @@ class TestDefinitions(Case):
             self.assertEqual({seen for _, _, _, seen in found}, {data[::10_000_000]})
             self.assertLess(time.monotonic() - start, 60)
 
-    @unittest.skipUnless(importlib.util.find_spec("numpy"), "numpy is not installed")
+    @needs("numpy")
     def test_an_array_that_a_function_reads_is_as_it_is_at_each_call_and_can_be_written(self):
         import numpy
         array = numpy.arange(100_000, dtype="float64")
@@ -13240,11 +17140,11 @@ def end(name):
         output = re.sub(r"(?m)^\S*::test_(\w+) PASSED.*$", r"ok \1", done.stdout)
         self.check_output(output, names)
 
-    @unittest.skipUnless(importlib.util.find_spec("pytest"), "pytest is not installed")
+    @needs("pytest")
     def test_in_pytest(self):
         self.run_pytest()
 
-    @unittest.skipUnless(importlib.util.find_spec("pytest"), "pytest is not installed")
+    @needs("pytest")
     def test_in_pytest_that_leaves_the_path_alone(self):
         self.run_pytest("--import-mode=importlib")
 
@@ -13267,6 +17167,345 @@ def end(name):
             done = run_python(f"import sys\nsys.path.insert(0, {folder!r})\n" + textwrap.dedent(self.DOCTEST),
                               timeout=2 * LONG)
         self.check_output(done.stdout, features, done.stderr)
+
+
+# -- R's page on daemons()
+
+
+SSH = """    # in place of ssh: it forwards a port, and runs on this machine what is to run on another
+import os, socket, subprocess, sys, threading
+*_, remote, command = sys.argv
+
+def accept(listener, port):
+    while True:
+        near, far = listener.accept()[0], socket.create_connection(("127.0.0.1", port))
+        for pair in ((near, far), (far, near)):
+            threading.Thread(target=forward, args=pair, daemon=True).start()
+
+def forward(source, sink):
+    while data := source.recv(1 << 16):
+        sink.sendall(data)
+    sink.shutdown(socket.SHUT_WR)
+
+if "-R" in sys.argv:
+    here, port, _, to = sys.argv[sys.argv.index("-R") + 1].split(":")
+    threading.Thread(target=accept, args=(socket.create_server((here, int(port))), int(to)), daemon=True).start()
+sys.exit(subprocess.call(["/bin/sh", "-c", command], env={**os.environ, "SSH_REMOTE": remote}))
+"""
+
+
+class TestSeedPage(Case):
+    """R's page on `daemons()`: each of its examples, then what its text promises. In R's order."""
+
+    def tearDown(self):
+        for compute in list(mirai._profiles):
+            daemons(0, compute=compute)
+        super().tearDown()
+
+    def setUp(self):
+        super().setUp()
+        mirai.mirai(abs, -1).result(LONG)       # a nursery, and a dispatcher for processes of their own
+        self.before = family_of(nursery_pid())
+
+    def started(self):
+        """The dispatchers and local daemons of this test that live."""
+        return [pid for pid in family_of(nursery_pid()) if pid not in self.before and is_alive(pid)]
+
+    def check_url(self, pattern):
+        found = status()
+        self.assertRegex(found["daemons"], pattern)
+        self.assertEqual(found["connections"], info().connections)
+        return found["daemons"]
+
+    @staticmethod
+    def key():
+        """What daemons that are not launched by mirai need, where others than this machine's reach the URL."""
+        command, = mirai.launch_remote(1)
+        return command.split()[1]
+
+    # examples
+
+    def test_two_local_daemons_using_dispatcher(self):
+        self.assertTrue(daemons(2))
+        self.assertEqual(status()["connections"], 2)
+        self.assertEqual(status()["mirai"], {"awaiting": 0, "executing": 0, "completed": 0})
+        self.assertEqual(len(self.started()), 3)
+        self.assertFalse(daemons(0))
+        self.assertEqual(status(), {"connections": 0, "daemons": 0})
+
+    def test_two_local_daemons_not_using_dispatcher(self):
+        self.assertTrue(daemons(2, dispatcher=False))
+        self.assertEqual(status()["connections"], 2)
+        self.assertEqual(len(self.started()), 2)            # there is none
+        self.assertEqual(mirai.mirai("x + 1", x=1)[:], 2)
+        self.assertFalse(daemons(0))
+        self.assertEqual(status(), {"connections": 0, "daemons": 0})
+
+    def test_a_dispatcher_that_accepts_tls_over_tcp_connections(self):
+        daemons(url=mirai.host_url(tls=True))
+        url = self.check_url(r"^tls\+tcp://.+:[1-9]\d*$")
+        with ByHand(url, key=self.key()) as one:
+            joined(1)
+            self.assertEqual(launch_local(1), 1)
+            self.assertEqual(set(outcomes(mirai.everywhere(os.getpid))), {one.pid, *_pids(2)})
+            daemons(0)
+            self.assertEqual(one.status(), (0, ""))
+
+    def test_a_host_url_for_remote_daemons_to_dial_into(self):
+        daemons(url=mirai.host_url(), dispatcher=False)
+        url = self.check_url(r"^tcp://.+:[1-9]\d*$")
+        with ByHand(url, key=self.key()) as one:
+            joined(1)
+            self.assertEqual(mirai.mirai(os.getpid).result(LONG), one.pid)
+            daemons(0)
+            self.assertEqual(one.status(), (0, ""))
+
+    def test_a_loopback_url_for_daemons_to_dial_into_with_a_dispatcher_and_without(self):
+        for dispatcher in (True, False):
+            with self.subTest(dispatcher=dispatcher):
+                daemons(url=mirai.local_url(tcp=True), dispatcher=dispatcher)
+                url = self.check_url(r"^tcp://127\.0\.0\.1:[1-9]\d*$")
+                self.assertEqual(status()["connections"], 0)
+                m = mirai.mirai(os.getpid)
+                with ByHand(url) as one:
+                    joined(1)
+                    self.assertEqual(m.result(LONG), one.pid)
+                    daemons(0)
+                    self.assertEqual(one.status(), (0, ""))
+
+    def test_with_evaluates_with_daemons_for_the_duration_of_a_block(self):
+        out = io.StringIO()
+        with daemons(2), contextlib.redirect_stdout(out):
+            pids = _pids(2)
+            m1 = mirai.mirai(os.getpid)
+            m2 = mirai.mirai(os.getpid)
+            print(m1[:], m2[:])
+        self.assertLessEqual(set(map(int, out.getvalue().split())), pids)
+        self.assertFalse(mirai.daemons_set())
+
+    def ssh(self, *remotes, **options):
+        """ssh_config() for machines that are this one."""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "ssh")
+        with open(path, "w") as file:
+            file.write(SSH)
+        return mirai.ssh_config(remotes, command=f"{sys.executable} {path}", python=sys.executable, **options)
+
+    def test_daemons_on_remotes_by_ssh_that_connect_back_over_tls(self):
+        daemons(url=mirai.host_url(tls=True), remote=self.ssh("ssh://nodeone", "ssh://nodetwo"))
+        self.check_url(r"^tls\+tcp://")
+        self.assertEqual((status()["connections"], len(_pids(2))), (2, 2))
+        found = outcomes(mirai.everywhere(os.getenv, "SSH_REMOTE"))
+        self.assertEqual(sorted(found), ["nodeone", "nodetwo"])
+
+    def test_four_daemons_on_a_remote_machine_by_ssh_tunnelling(self):
+        daemons(4, url=mirai.local_url(tcp=True), remote=self.ssh("ssh://10.75.32.90", tunnel=True))
+        self.check_url(r"^tcp://127\.0\.0\.1:")
+        self.assertEqual((status()["connections"], len(_pids(4))), (4, 4))
+        self.assertEqual(outcomes(mirai.everywhere(os.getenv, "SSH_REMOTE")), ["10.75.32.90"] * 4)
+
+    def test_synchronous_mode(self):
+        daemons(sync=True)
+        m = mirai.mirai(os.getpid)
+        daemons(0)
+        self.assertEqual(m[:], os.getpid())
+
+    def test_synchronous_mode_restricted_to_a_profile(self):
+        daemons(sync=True, compute="sync")
+        with mirai.with_daemons("sync"):
+            m = mirai.mirai(os.getpid)
+        other = mirai.mirai(os.getpid)          # no daemons are set for the default profile: a process of its own
+        daemons(0, compute="sync")
+        self.assertEqual(m[:], os.getpid())
+        self.assertNotEqual(other.result(LONG), os.getpid())
+
+    # arguments
+
+    def test_a_url_with_n_sets_local_daemons_and_others_may_join(self):
+        for url in ("tcp://127.0.0.1:0", mirai.local_url()):
+            daemons(1, url=url)
+            local, = _pids(1)
+            with ByHand(status()["daemons"]) as one:
+                joined(2)
+                self.assertEqual(_pids(2), {local, one.pid})
+                daemons(0)
+                self.assertEqual(one.status(), (0, ""))
+
+    def test_further_arguments_are_passed_to_the_daemons(self):
+        daemons(1, autoexit=None, cleanup=False, output=False, maxtasks=100, idletime=60.0, walltime=60.0,
+                asyncdial=True)
+        mirai.mirai("os.environ['SEED_PAGE'] = 'kept'", os=os).result(LONG)
+        self.assertEqual(mirai.mirai(os.getenv, "SEED_PAGE").result(LONG), "kept")
+        daemons(1, maxtasks=1)
+        pids = [mirai.mirai(os.getpid).result(LONG) for _ in range(3)]
+        self.assertEqual(len(set(pids)), 3)
+
+    def test_sync_disregards_all_but_seed_and_compute(self):
+        daemons(3, sync=True, memory=1, maxtasks=1, dispatcher=False, seed=1, compute="here")
+        pids = mirai_map([1, 2], lambda _: os.getpid(), _compute="here")[:]
+        self.assertEqual(pids, [os.getpid()] * 2)
+        drawn = mirai.mirai("random.random()", random=random, _compute="here")[:]
+        daemons(sync=True, seed=1, compute="here")
+        mirai_map([1, 2], abs, _compute="here")
+        self.assertEqual(mirai.mirai("random.random()", random=random, _compute="here")[:], drawn)
+
+    def test_a_seed_is_associated_with_a_mirai_independently_of_where_it_is_evaluated(self):
+        def draw():
+            return ([mirai.mirai("import random; random.random()").result(LONG) for _ in range(4)],
+                    mirai_map(range(6), lambda x: random.uniform(x, 7))[:])
+
+        found = []
+        for n, options in ((1, {}), (3, {}), (2, {"dispatcher": False}), (None, {"sync": True})):
+            with daemons(n, seed=1, **options):
+                found.append(draw())
+        self.assertEqual(found, found[:1] * 4)
+        self.assertEqual(len(set(found[0][0])), 4)
+        with daemons(1, seed=2):
+            self.assertNotEqual(draw(), found[0])
+
+    def test_the_functions_of_random_itself_draw_from_the_stream_of_the_mirai(self):
+        found = []
+        for n in (1, 2):        # they are methods of an instance, whose state must not come along
+            with daemons(n, seed=1):
+                found.append(([mirai.mirai(random.random).result(LONG) for _ in range(4)],
+                              mirai_map([1] * 6, random.gauss, 1)[:]))
+        self.assertEqual([len(set(drawn)) for drawn in found[0]], [4, 6])
+        self.assertEqual(found[1], found[0])
+
+    def test_without_a_seed_daemons_have_streams_that_differ(self):
+        with daemons(2), Gate() as gate:
+            ms = [mirai.mirai(lambda enter: (random.random(), enter())[0], gate.enter) for _ in range(2)]
+            gate.arrived(), gate.arrived()
+            gate.open()
+            self.assertEqual(len({m.result(LONG) for m in ms}), 2)
+
+    def test_serial_requires_dispatcher(self):
+        generator = type(i for i in ())
+        serial = mirai.serial_config(generator, bytes, iter)
+        with self.assertRaises(ValueError):
+            daemons(1, serial=serial, dispatcher=False)
+        with daemons(1, serial=serial):
+            self.assertEqual(mirai.mirai(sum, (i for i in range(4))).result(LONG), 6)
+
+    # details
+
+    def test_resetting_ends_all_processes_and_makes_the_unresolved_19s(self):
+        for options in ({}, {"dispatcher": False}):
+            with self.subTest(options), Gate() as gate:
+                daemons(2, **options)
+                pids = self.started()
+                ms = [mirai.mirai(gate.enter, i) for i in range(4)]
+                gate.arrived(), gate.arrived()
+                daemons(0)
+                for m in ms:
+                    self.assertIs(type(m.data), MiraiConnectionReset)
+                    self.assertEqual(m.data.code, 19)
+                wait_until(lambda pids=pids: not any(map(is_alive, pids)), 10)
+                self.assertNotEqual(*[mirai.mirai(os.getpid).result(LONG) for _ in range(2)])      # a process each
+
+    def test_setting_resets_what_is_set_and_launch_local_adds(self):
+        daemons(1)
+        old = _pids(1)
+        daemons(1)
+        new = _pids(1)
+        self.assertFalse(old & new)
+        self.assertEqual(launch_local(2), 2)
+        self.assertEqual(status()["connections"], 3)
+        self.assertLessEqual(new, _pids(3))
+
+    # dispatcher
+
+    def test_dispatcher_gives_a_task_to_whichever_daemon_is_free(self):
+        with daemons(2), Gate() as gate:
+            held = mirai.mirai(gate.enter)
+            gate.arrived()
+            self.assertEqual([mirai.mirai(abs, -i).result(LONG) for i in range(4)], [0, 1, 2, 3])
+            self.assertFalse(held.done())
+
+    def test_without_dispatcher_tasks_go_round_and_queue_at_each_daemon(self):
+        with daemons(2, dispatcher=False), Gate() as gate:
+            held = mirai.mirai(gate.enter)
+            gate.arrived()
+            free, stuck, free_too = (mirai.mirai(os.getpid) for _ in range(3))
+            self.assertEqual(free.result(LONG), free_too.result(LONG))
+            self.assertTrue(mirai.unresolved(stuck))            # while the other daemon is idle
+            gate.open()
+            self.assertNotEqual(stuck.result(LONG), free.result(LONG))
+            self.assertIsNone(held.result(LONG))
+
+    def test_cancellation_and_timeouts_with_a_dispatcher_and_without(self):
+        for options in ({}, {"dispatcher": False}):
+            with self.subTest(options), daemons(1, **options), Gate() as gate:
+                m = mirai.mirai("enter(); import time; time.sleep(1000)", enter=gate.enter)
+                gate.arrived()
+                gate.open()
+                self.assertTrue(stop_mirai(m))
+                self.assertIs(type(m.data), MiraiCancelled)
+                self.assertIs(type(mirai.mirai("import time; time.sleep(1000)", _timeout=0.1)[:]), MiraiTimeout)
+                self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    # distributed computing
+
+    def test_it_adjusts_to_the_number_of_daemons_that_are_connected(self):
+        daemons(url="tcp://127.0.0.1:0")
+        url = status()["daemons"]
+        with ByHand(url):
+            joined(1)
+            with ByHand(url, "-n", "2"):
+                joined(3)
+                self.assertEqual(len(_pids(3)), 3)
+            joined(1)
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_ipv6_is_in_brackets_and_port_zero_is_a_free_one(self):
+        if not os.path.exists("/proc/net/if_inet6"):
+            self.skipTest("no IPv6 here")
+        daemons(1, url="tcp://[::1]:0")
+        self.check_url(r"^tcp://\[::1\]:[1-9]\d*$")
+        self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_shell_commands_for_manual_deployment(self):
+        daemons(url=mirai.host_url())
+        commands = mirai.launch_remote(2)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            print(commands)
+        self.assertEqual((len(commands), out.getvalue().splitlines()), (2, list(commands)))
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            os.symlink(sys.executable, os.path.join(folder, "python3"))
+            environ = {**os.environ, "PYTHONPATH": HERE, "PATH": folder + os.pathsep + os.environ["PATH"]}
+            there = [stack.enter_context(subprocess.Popen(["/bin/sh", "-c", command], env=environ)) for command in commands]
+            stack.callback(daemons, 0)
+            joined(2)
+            self.assertEqual(len(_pids(2)), 2)
+            daemons(0)
+            self.assertEqual([one.wait(LONG) for one in there], [0, 0])
+
+    # compute profiles
+
+    def test_local_and_remote_profiles_side_by_side(self):
+        daemons(1)
+        daemons(url="tcp://127.0.0.1:0", compute="remote")          # the far end is here too
+        with ByHand(status("remote")["daemons"]) as one:
+            self.assertEqual(mirai.mirai(os.getpid, _compute="remote").result(LONG), one.pid)
+            self.assertEqual({mirai.mirai(os.getpid).result(LONG)}, _pids(1))
+            daemons(0, compute="remote")
+            self.assertEqual(one.status(), (0, ""))
+            self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
+
+    def test_cpu_and_gpu_profiles(self):
+        daemons(2, compute="cpu")
+        daemons(1, compute="gpu")
+        cpu, gpu = _pids(2, "cpu"), _pids(1, "gpu")
+        self.assertFalse(cpu & gpu)
+        self.assertLessEqual(set(mirai_map(range(4), lambda _: os.getpid(), _compute="cpu")[:]), cpu)
+        self.assertEqual({mirai.mirai(os.getpid, _compute="gpu").result(LONG)}, gpu)
+        with mirai.with_daemons("gpu"):
+            self.assertEqual({mirai.mirai(os.getpid).result(LONG)}, gpu)
+        daemons(0, compute="gpu")
+        self.assertFalse(mirai.daemons_set("gpu"))
+        self.assertTrue(mirai.daemons_set("cpu"))
 
 
 README = os.path.join(HERE, "README.md")
@@ -13500,8 +17739,6 @@ class TestCommandLine(Case):
                 if _run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 9))"], cwd="/", **options).returncode == 0:
                     return python
         self.skipTest("user nobody can run no Python from 3.9 on here")
-
-
 
 
 # -- running
