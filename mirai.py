@@ -4469,6 +4469,7 @@ class Dispatcher:
         """Those that the kernel would go on trying to reach."""
         for peer in list(self.peers.values()):
             if peer.remote and is_cut(peer.connection.sock):
+                self._notice(f"{peer.name or peer.where} {SILENT}")
                 self._at_end(peer, SILENT)
         self._at(LINK_TIME / 6, self._check_links)
 
@@ -4484,7 +4485,7 @@ class Dispatcher:
             self._flush(peer)                       # TLS has something to say
         if peer.connection.ended and peer.number in self.peers:
             if peer.connection.fault:
-                self._notice(f"{peer.role} {peer.name or peer.where}: {peer.connection.fault}")
+                self._notice(f"{peer.name or peer.where or 'somebody on this machine'}: {peer.connection.fault}")
             self._at_end(peer, peer.connection.fault or "closed its connection")
 
     def _take(self, peer: _Peer) -> None:
@@ -4580,7 +4581,7 @@ class Dispatcher:
             self._close(peer)
 
     def _fault(self, peer: _Peer, why: str) -> None:
-        self._notice(f"{peer.role} {peer.name} is dropped: {why}")
+        self._notice(f"{peer.name or peer.role} is dropped: {why}")
         self._at_end(peer, f"is dropped: {why}")
 
     def _notice(self, text: str) -> None:
@@ -7808,6 +7809,8 @@ class _Profile(_Settings):
         if given.get("tlscert"):
             given["tlscert"] = read_pem(given["tlscert"], "tlscert")
         commands = remote.commands(n, Offer(reach(parse_url(self.url)), self.key, given))
+        if given.get("autoexit") is False:      # they are for the next host, so this one's end must not cancel their jobs
+            commands = [command._replace(job="", undo=()) for command in commands]
         wish = {"env": outer_environment(os.environ), "cwd": os.getcwd()}
         for command in commands:
             self.link.command(command, wish)
