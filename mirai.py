@@ -7809,7 +7809,7 @@ class _Profile(_Settings):
         if given.get("tlscert"):
             given["tlscert"] = read_pem(given["tlscert"], "tlscert")
         commands = remote.commands(n, Offer(reach(parse_url(self.url)), self.key, given))
-        if given.get("autoexit") is False:      # they are for the next host, so this one's end must not cancel their jobs
+        if given.get("autoexit") is False:      # they are for the next host: this one's end must not cancel their jobs
             commands = [command._replace(job="", undo=()) for command in commands]
         wish = {"env": outer_environment(os.environ), "cwd": os.getcwd()}
         for command in commands:
