@@ -12,6 +12,7 @@ import array
 import ast
 import asyncio
 import atexit
+import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -20,10 +21,12 @@ import dataclasses
 import faulthandler
 import functools
 import gc
+import http.server
 import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -46,10 +49,12 @@ import time
 import types
 import unittest
 import warnings
+import zlib
 
 import mirai
-from mirai import (MiraiCancelled, MiraiConnectionReset, MiraiError, MiraiInterrupt, MiraiTimeout, call_mirai, daemons,
-                   info, launch_local, mirai_map, race_mirai, status, stop_mirai, unresolved)
+from mirai import (LaunchError, MiraiCancelled, MiraiConnectionReset, MiraiError, MiraiInterrupt, MiraiTimeout,
+                   call_mirai, cluster_config, daemons, host_url, http_config, info, launch_local, launch_remote,
+                   mirai_map, race_mirai, remote_config, ssh_config, status, stop_mirai, unresolved)
 
 LONG = 60.0         # seconds; a wait this long means a hang
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -11586,6 +11591,2167 @@ class TestNursery(Case):
                 daemons(1, url, dispatcher=False, compute="other")
             gc.collect()
             self.assertEqual((descriptors(), threading.active_count()), before)
+
+
+# -- other machines
+
+MIB = 1 << 20
+
+
+# -- services that run on this machine, for tests of the real thing
+
+
+def _services_dir():
+    path = os.environ.get("MIRAI_SERVICES_SCRIPTS") or os.path.join(HERE, ".ci", "services")
+    return path if os.path.isdir(path) else None
+
+
+@functools.cache
+def service(name):
+    """What a service that is up says of itself (KEY=VALUE), None where it is down or unknown."""
+    folder = _services_dir()
+    if folder is None:
+        return None
+    done = subprocess.run(["bash", os.path.join(folder, f"{name}.sh"), "status"], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=LONG)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line) if not done.returncode else None
+
+
+def ssh_file():
+    return os.environ.get("MIRAI_SSH_CONFIG") or (service("sshd") or {}).get("SSH_CONFIG")
+
+
+def netns_script():
+    return os.environ.get("MIRAI_NETNS") or (service("netns") or {}).get("NETNS_EXEC")
+
+
+def needs_service(name):
+    """Skips where it is not up; asked when the test begins, as that takes a moment."""
+    up = {"sshd": ssh_file, "netns": netns_script,
+          "slurm": lambda: shutil.which("sbatch") and (service("slurm") is not None or "SLURM_CONF" in os.environ),
+          "sge": lambda: shutil.which("qsub") and (service("sge") is not None or "SGE_ROOT" in os.environ)}[name]
+
+    def wrap(test):
+        @functools.wraps(test)
+        def run(self, *args):
+            if not up():
+                self.skipTest(f"no {name} here")
+            return test(self, *args)
+        return run
+    return wrap
+
+
+def needs_command(name):
+    return unittest.skipUnless(shutil.which(name), f"needs {name}")
+
+
+def command_lines():
+    """Every process's arguments now: pid -> bytes, separated by zeros."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+            found[int(name)] = file.read()
+    return found
+
+
+class Watcher:
+    """Reads every process's arguments again and again, and keeps those seen."""
+
+    def __enter__(self):
+        self.seen, self.over = set(), threading.Event()
+        self.thread = threading.Thread(target=self._run, name="watcher")
+        self.thread.start()
+        return self
+
+    def _run(self):
+        while not self.over.is_set():
+            self.seen.update(command_lines().values())
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join(LONG)
+
+    def saw(self, words):
+        return any(words in line for line in self.seen)
+
+
+def wait_jobs_gone(list_jobs, what, seconds=20.0):
+    wait_until(lambda: not list_jobs(), seconds, f"the end of {what}")
+
+
+def output_of(*argv, timeout=LONG, **options):
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          timeout=timeout, **options).stdout
+
+
+class Warnings(logging.Handler):
+    """What the library says in its log, while this is in a `with` statement."""
+
+    def __enter__(self):
+        super().__init__()
+        self.said = []
+        logger = logging.getLogger("mirai")
+        logger.addHandler(self)
+        self.before, logger.propagate = logger.propagate, False
+        return self
+
+    def __exit__(self, *_):
+        logger = logging.getLogger("mirai")
+        logger.removeHandler(self)
+        logger.propagate = self.before
+
+    def emit(self, record):
+        self.said.append((record.levelno, record.getMessage()))
+
+    def texts(self):
+        return [text for _, text in self.said]
+
+    def wait(self, pattern, seconds=15.0):
+        found = wait_until(lambda: [text for text in self.texts() if re.search(pattern, text)] or [], seconds,
+                           f"a line {pattern!r} in the log, which has {self.texts()}")
+        return found[0]
+
+
+class MachinesCase(Case):
+    """Every launched daemon has a word in its arguments, by which those that are left are found."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.WORD = f"mirai_{os.urandom(6).hex()}"
+        cls.PYTHON = f"python3 -X {cls.WORD}"
+        os.environ.setdefault("MIRAI_SERVICES", os.path.join(tempfile.gettempdir(), "mirai-services"))     # they are outside
+        cls._outer = tempfile.tempdir, os.environ.get("TMPDIR")
+        tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="mirai-test-")      # of all that is begun here
+
+    @classmethod
+    def tearDownClass(cls):
+        super().tearDownClass()
+        wait_until(lambda: not cls.marked(), 15.0, f"the end of what {cls.__name__} launched: {cls.marked()}")
+        own, (tempfile.tempdir, before) = tempfile.tempdir, cls._outer
+        os.environ.pop("TMPDIR")
+        if before is not None:
+            os.environ["TMPDIR"] = before
+        left = os.listdir(own)
+        shutil.rmtree(own)
+        assert not left, f"{cls.__name__} leaves {left}"
+
+    @classmethod
+    def marked(cls):
+        """Processes that were launched by this class."""
+        return [pid for pid, line in command_lines().items() if cls.WORD.encode() in line and is_alive(pid)]
+
+    def setUp(self):
+        super().setUp()
+        self._began = time.monotonic()
+
+    def tearDown(self):
+        if os.environ.get("MIRAI_TIMES"):
+            print(f"{time.monotonic() - self._began:7.2f} s {self.id()}", flush=True)
+        for compute in list(mirai._profiles):
+            daemons(0, compute=compute)
+        super().tearDown()
+
+    def folder(self):
+        path = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, path, True)
+        return path
+
+    def program(self, folder, name, text):
+        path = os.path.join(folder, name)
+        with open(path, "w") as file:
+            file.write(textwrap.dedent(text).lstrip())
+        os.chmod(path, 0o755)
+        return path
+
+    def ssh(self, remotes, **options):
+        options.setdefault("command", f"ssh -F {ssh_file()}")
+        options.setdefault("python", self.PYTHON)
+        return ssh_config(remotes, **options)
+
+    def cluster(self, command="sbatch", **options):
+        options.setdefault("python", self.PYTHON)
+        return cluster_config(command, **options)
+
+    def check_map(self, n=1000):
+        """Every item once, in order."""
+        found = mirai_map(range(n), divmod, 7)
+        wait_until(lambda: all(m.done() for m in found), what="a map")
+        self.assertEqual(found.results(), [divmod(x, 7) for x in range(n)])
+
+    def results_of(self, futures, seconds=LONG):
+        deadline = time.monotonic() + seconds
+        for m in futures:
+            wait_until(m.done, max(0.1, deadline - time.monotonic()), "a result")
+        return [m.data for m in futures]
+
+
+def by_value(f):
+    """For daemons that cannot import this file: the function goes to them as it is."""
+    f.__qualname__ = f"<locals>.{f.__name__}"
+    return f
+
+
+class FarGate(Gate):
+    """For daemons that cannot import this file, on this machine all the same."""
+
+    @property
+    def enter(self):
+        return functools.partial(_enter_far_gate, self.address)
+
+
+_enter_far_gate = by_value(types.FunctionType(_enter_gate.__code__, _enter_gate.__globals__, "_enter_far_gate",
+                                              _enter_gate.__defaults__))
+
+
+@by_value
+def environment_of(name):
+    return os.environ.get(name)
+
+
+# -- 13. Launchers
+
+
+OFFER = mirai.Offer(["tls+tcp://host:5555", "tls+tcp://192.0.2.7:5555"], "5a" * 32, {"maxtasks": 3})
+
+
+def carried(script):
+    """What a launcher's input carries: the directive for daemons, and the source."""
+    lines = script.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("exec("))
+    return tuple(zlib.decompress(base64.b64decode(line)).decode() for line in lines[at + 1:at + 3])
+
+
+class TestLaunchers(MachinesCase):
+    # -- as data
+
+    def test_a_remote_is_what_ssh_takes_and_never_an_option(self):
+        for remote, expected in (
+            ("ssh://node", ["node"]),
+            ("ssh://node/", ["node"]),
+            ("node", ["node"]),
+            ("me@node", ["me@node"]),
+            ("ssh://me@node:2222", ["-p", "2222", "me@node"]),
+            ("node:22", ["-p", "22", "node"]),
+            ("ssh://10.0.0.1", ["10.0.0.1"]),
+            ("ssh://[2001:db8::1]:2222", ["-p", "2222", "2001:db8::1"]),
+            ("ssh://me@[2001:db8::1]", ["me@2001:db8::1"]),
+            ("2001:db8::1", ["2001:db8::1"]),
+        ):
+            with self.subTest(remote=remote):
+                command, = ssh_config(remote).commands(1, OFFER)
+                tail = command.argv[-1 - len(expected):-1]
+                self.assertEqual((tail, command.argv[-1]), (expected, "exec /bin/sh -s"))
+        for remote in ("", "ssh://", "-oProxyCommand=true", "ssh://-oProxyCommand=true", "-l@node", "ssh://node/path",
+                       "a b", "node\n", "ssh://@:22"):
+            with self.subTest(remote=remote), self.assertRaisesRegex(ValueError, "expected 'ssh://user@host:port'"):
+                ssh_config(remote)
+        with self.assertRaisesRegex(ValueError, "remotes is empty"):
+            ssh_config([])
+
+    def test_ssh_asks_nothing_and_gives_up_in_time(self):
+        command, = ssh_config("node", timeout=3.2, command="ssh -F 'my config' -4").commands(1, OFFER)
+        self.assertEqual(command.argv[:4], ["ssh", "-F", "my config", "-4"])
+        options = [command.argv[i + 1] for i, word in enumerate(command.argv) if word == "-o"]
+        self.assertTrue({"BatchMode=yes", "ExitOnForwardFailure=yes", "ConnectTimeout=4"} <= set(options), options)
+        self.assertIn("-T", command.argv)
+        self.assertNotIn("-R", command.argv)
+
+    def test_a_tunnel_comes_out_on_the_remotes_loopback(self):
+        offer = OFFER._replace(urls=["tcp://127.0.0.1:5555"])
+        first, second = ssh_config(["a", "b"], tunnel=True).commands(2, offer)
+        ports = set()
+        for command in (first, second):
+            where = command.argv[command.argv.index("-R") + 1]
+            found = re.fullmatch(r"127\.0\.0\.1:(\d+):127\.0\.0\.1:5555", where)
+            self.assertTrue(found, where)
+            ports.add(found[1])
+            self.assertEqual(json.loads(carried(command.input)[0])["urls"], [f"tcp://127.0.0.1:{found[1]}"])
+        self.assertEqual(len(ports), 2)
+
+    def test_the_daemons_are_spread_over_the_remotes_by_one_ssh_each(self):
+        found = ssh_config(["a", "b", "c"]).commands(8, OFFER)
+        self.assertEqual([(c.argv[-2], c.n) for c in found], [("a", 3), ("b", 3), ("c", 2)])
+        self.assertEqual([json.loads(carried(c.input)[0])["n"] for c in found], [3, 3, 2])
+        self.assertEqual(len({c.launcher for c in found}), 3)
+        with self.assertRaisesRegex(ValueError, "n=2 daemons on 3 remotes"):
+            ssh_config(["a", "b", "c"]).commands(2, OFFER)
+
+    def test_the_input_carries_the_source_and_what_a_daemon_needs(self):
+        for config in (ssh_config("node"), cluster_config("sbatch"), remote_config("srun", ["."])):
+            with self.subTest(config=config):
+                command, = config.commands(1, OFFER)
+                about, source = carried(command.input)
+                with open(FILE, encoding="utf-8") as file:
+                    self.assertEqual(source, file.read())
+                about = json.loads(about)
+                self.assertEqual((about["urls"], about["key"], about["options"], about["launch"], about["n"]),
+                                 (OFFER.urls, OFFER.key, OFFER.options, command.launcher, 1))
+
+    def test_the_key_is_in_no_argument_and_no_repr(self):
+        for config in (ssh_config("node"), ssh_config("node", tunnel=True), cluster_config("sbatch"), cluster_config("bsub"),
+                       cluster_config("qsub", "#$ -N x"), cluster_config("qsub", "#PBS -N x"),
+                       remote_config("srun", ["."]), remote_config("ssh", ["node", "."], quote=True)):
+            command, = config.commands(1, OFFER)
+            self.assertNotIn(OFFER.key, " ".join(command.argv) + repr(config))
+            self.assertNotIn(OFFER.key, command.input)      # as such: it would be found by who searches a spool for it
+
+    def test_a_script_runs_setup_in_the_directory_before_the_daemon_in_any_bourne_shell(self):
+        folder = self.folder()
+        where = os.path.join(folder, "it's $HOME `x` \"here\"")
+        os.mkdir(where)
+        python = self.program(folder, "python", """
+            #!/bin/sh
+            echo "$PWD" "$A" "$#" "$1" "$2"
+            cat
+            """)
+        payload = mirai.payload(OFFER, 1, 1)
+        script = mirai.shell_script(python, (), ["A=one", "export A"], where, payload)
+        for shell in filter(shutil.which, ("sh", "dash", "bash", "ksh", "zsh")):
+            with self.subTest(shell=shell):
+                done = subprocess.run([shell, "-s"], input=script, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                      text=True, timeout=LONG)
+                first, _, rest = done.stdout.partition("\n")
+                self.assertEqual((first, rest == payload, done.stderr, done.returncode),
+                                 (f"{where} one 2 -c {mirai._BOOT}", True, "", 0))
+
+    def test_a_directory_that_is_missing_ends_the_script(self):
+        script = mirai.shell_script("python3", (), (), "/nonexistent/there", "x\n")
+        done = subprocess.run(["sh", "-s"], input=script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              timeout=LONG)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("/nonexistent/there", done.stderr)
+
+    def test_the_job_scripts_head_has_the_schedulers_own_lines_before_the_users(self):
+        for command, options, head, array in (
+            ("sbatch", "#SBATCH --mem=1G", ["#!/bin/sh", "#SBATCH --output=/dev/null", "#SBATCH --mem=1G"],
+             ["--parsable", "--array=1-4"]),
+            ("qsub", "#$ -N x", ["#!/bin/sh", "#$ -S /bin/sh", "#$ -o /dev/null", "#$ -j y", "#$ -N x"],
+             ["-terse", "-t", "1-4"]),
+            ("qsub", "#PBS -N x", ["#!/bin/sh", "#PBS -o /dev/null", "#PBS -j oe", "#PBS -N x"], ["-J", "1-4"]),
+            ("bsub", "#BSUB -q x", ["#!/bin/sh", "#BSUB -o /dev/null", "#BSUB -q x"], ["-J", "mirai[1-4]"]),
+            ("sbatch -p big", "#!/bin/bash\n  #SBATCH -c 2\n\n", ["#!/bin/bash", "#SBATCH --output=/dev/null", "#SBATCH -c 2"],
+             ["--parsable", "--array=1-4"]),
+            ("/opt/slurm/bin/sbatch", ["#SBATCH -c 2"], ["#!/bin/sh", "#SBATCH --output=/dev/null", "#SBATCH -c 2"],
+             ["--parsable", "--array=1-4"]),
+        ):
+            with self.subTest(command=command, options=options):
+                found, = cluster_config(command, options, setup="  module load python\n  X=1").commands(4, OFFER)
+                lines = found.input.splitlines()
+                self.assertEqual(lines[:len(head)], head)
+                self.assertEqual(lines[len(head):len(head) + 2], ["module load python", "X=1"])
+                self.assertTrue(lines[len(head) + 2].startswith("exec python3 -c "))
+                self.assertEqual(found.argv, [*command.split(), *array])
+                self.assertEqual((found.n, json.loads(carried(found.input)[0])["n"]), (4, 1))
+
+    def test_a_pbs_job_of_one_is_no_array(self):
+        found, = cluster_config("qsub", "#PBS -N x").commands(1, OFFER)
+        self.assertEqual(found.argv, ["qsub"])
+
+    def test_what_ends_a_job_goes_where_what_submits_it_goes(self):
+        for command, undo in (("sbatch", ["scancel", "{}"]), ("ssh login sbatch", ["ssh", "login", "scancel", "{}"]),
+                              ("/opt/bin/sbatch", ["/opt/bin/scancel", "{}"]), ("bsub", ["bkill", "{}"]),
+                              ("ssh -p 22 login sbatch -p big", ["ssh", "-p", "22", "login", "scancel", "{}"])):
+            found, = cluster_config(command).commands(2, OFFER)
+            self.assertEqual(found.undo, undo)
+        for command in ("", "salloc", "ssh login"):
+            with self.subTest(command=command), self.assertRaisesRegex(ValueError, "expected .*sbatch, qsub or bsub"):
+                cluster_config(command)
+
+    def test_a_daemon_is_not_taken_for_a_step_of_the_job_that_its_host_is_part_of(self):
+        environ = {"SLURM_JOB_ID": "1", "SLURM_CONF": "/etc/x", "SBATCH_MEM": "1", "PMI_RANK": "0", "PBS_JOBID": "1",
+                   "PBS_SERVER": "s", "LSB_JOBID": "1", "SGE_TASK_ID": "1", "SGE_ROOT": "/sge", "JOB_ID": "1", "PATH": "/bin",
+                   "MIRAI_KEY": "secret"}
+        self.assertEqual(mirai.outer_environment(environ),
+                         {"SLURM_CONF": "/etc/x", "PBS_SERVER": "s", "SGE_ROOT": "/sge", "PATH": "/bin"})
+
+    def test_remote_config_puts_the_daemons_command_where_the_point_is(self):
+        words = ["python3", "-c", mirai._BOOT]
+        found = remote_config("srun -Q", ["-n 1", "."]).commands(2, OFFER)
+        self.assertEqual([c.argv for c in found], [["srun", "-Q", "-n", "1", *words]] * 2)
+        found, = remote_config("ssh", ["node", "."], quote=True).commands(1, OFFER)
+        self.assertEqual(found.argv, ["ssh", "node", f"python3 -c '{mirai._BOOT}'"])
+        found = remote_config("on", [["a", "."], ["b", "."]], python="/opt/my python").commands(3, OFFER)
+        self.assertEqual([c.argv[:2] for c in found], [["on", "a"], ["on", "b"], ["on", "a"]])
+        with self.assertRaisesRegex(ValueError, "expected '.' among them"):
+            remote_config("srun", ["-n", "1"])
+
+    # -- by hand
+
+    def test_launch_remote_says_what_to_paste(self):
+        with daemons(url="tcp://127.0.0.1:0"):
+            line, = launch_remote()
+            url = status()["daemons"]
+            self.assertEqual(line, f"echo {mirai._profiles['default'].key} | python3 -m mirai daemon '{url}' --key-file -")
+            lines = launch_remote(2, idletime=5, maxtasks=3, autoexit=None, cleanup=False, output=True, asyncdial=True)
+            self.assertEqual(len(lines), 2)
+            self.assertEqual(repr(lines), "\n".join(lines))
+            for words in ("--idletime 5", "--maxtasks 3", "--autoexit none", "--no-cleanup", "--output", "--asyncdial"):
+                self.assertIn(words, lines[0])
+            self.assertEqual(launch_remote(remote=remote_config()), [line])
+
+    def test_what_is_pasted_names_every_address_of_this_machine(self):
+        with daemons(url=host_url(tls=False)):
+            url = mirai.parse_url(status()["daemons"])
+            line, = launch_remote()
+            for other in host_url(port=url.port).interfaces.values():
+                self.assertIn(f"'{other}'", line)
+
+    def test_launch_remote_without_a_url_that_others_reach_or_without_daemons_says_what_to_do(self):
+        with self.assertRaisesRegex(RuntimeError, "daemons"):
+            launch_remote()
+        with daemons(1), self.assertRaisesRegex(ValueError, "url=host_url"):
+            launch_remote()
+
+    def _pasted(self, shell, url, **options):
+        key = os.urandom(32).hex()
+        with daemons(url=url, key=key):
+            line, = launch_remote(**options)
+            self.assertIn(key, line)
+            env = {**os.environ, "PYTHONPATH": HERE, "PYTHONDONTWRITEBYTECODE": "1", "MIRAI_KEY": ""}
+            del env["MIRAI_KEY"]
+            with Watcher() as watcher, subprocess.Popen(
+                    [shell], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+                    cwd=self.folder(), start_new_session=True) as process:
+                try:
+                    process.stdin.write(line + "\n")
+                    process.stdin.close()
+                    process.stdin = None
+                    wait_until(lambda: info().connections == 1 or process.poll() is not None, what="the daemon that was pasted")
+                    self.assertIsNone(process.poll(), process.returncode is not None and process.stderr.read())
+                    self.check_map()
+                    daemons(0)
+                    said = process.communicate(timeout=LONG)
+                    self.assertEqual((process.returncode, said), (0, ("", "")))
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+            self.assertTrue(watcher.saw(b"mirai\0daemon\0"))
+            self.assertFalse(watcher.saw(key.encode()), "the key was in an argument")
+
+    def test_what_is_pasted_works_in_shells_and_shows_no_secret(self):
+        for shell in ("bash", "dash", "tcsh", "zsh", "ksh"):
+            if shutil.which(shell):
+                for url in ("tcp://127.0.0.1:0", "tcp://[::1]:0", host_url(tls=True)):
+                    with self.subTest(shell=shell, url=url):
+                        self._pasted(shell, url)
+
+    @needs_command("tcsh")
+    def test_what_is_pasted_works_in_a_c_shell(self):
+        self._pasted("tcsh", "tcp://[::1]:0")
+
+    # -- commands of tests
+
+    def _fake_ssh(self, body='eval "$last"'):
+        """A command that takes ssh's arguments, and runs what is to run there here."""
+        return self.program(self.folder(), "ssh", f"""
+            #!/bin/sh
+            for last; do :; done
+            {body}
+            """)
+
+    def test_ssh_launches_without_a_network(self):
+        with daemons(3, url="tcp://127.0.0.1:0", remote=ssh_config(["a", "b"], command=self._fake_ssh(), python=self.PYTHON)):
+            self.assertEqual((info().connections, mirai.nextget("n")), (3, 3))
+            self.check_map()
+            launch_remote(2, ssh_config("c", command=self._fake_ssh(), python=self.PYTHON, setup="export MIRAI_A=one"))
+            self.assertEqual(info().connections, 5)
+            seen = mirai.everywhere(environment_of, "MIRAI_A").results()
+            self.assertEqual(sorted(map(str, seen)), ["None"] * 3 + ["one"] * 2)
+
+    def test_what_a_remote_shell_says_first_does_no_harm(self):
+        """A login shell with a banner, on either stream, and one that reads no more than its lines."""
+        ssh = self._fake_ssh('echo "Welcome to node, `date`"; echo "warning: quota" >&2; eval "$last"')
+        with daemons(2, url="tcp://127.0.0.1:0", remote=ssh_config("a", command=ssh, python=self.PYTHON)):
+            self.check_map(100)
+
+    def test_a_failure_quotes_what_was_said_and_leaves_no_daemons_set(self):
+        for body, words in (('echo "ssh: no route" >&2; exit 255', "ssh a exited with status 255; its last words:\nssh: no route"),
+                            ('echo "no such module"; exit 1', "no such module"),
+                            ("kill -9 $$", "was killed by SIGKILL"),
+                            ("exit 0", "exited with status 0")):
+            with self.subTest(body=body):
+                start = time.monotonic()
+                with self.assertRaises(LaunchError) as caught:
+                    daemons(2, url="tcp://127.0.0.1:0", remote=ssh_config("a", command=self._fake_ssh(body)))
+                self.assertIn(words, str(caught.exception))
+                self.assertLess(time.monotonic() - start, 10)
+                self.assertFalse(mirai.daemons_set())
+
+    def test_a_command_that_is_missing_is_named(self):
+        for remote in (ssh_config("a", command="/nonexistent/ssh"), cluster_config("/nonexistent/sbatch"),
+                       remote_config("/nonexistent/run", ["."])):
+            with self.subTest(remote=remote), self.assertRaisesRegex(LaunchError, "/nonexistent/"):
+                daemons(1, url="tcp://127.0.0.1:0", remote=remote)
+
+    def test_of_several_remotes_that_fail_each_is_told_of(self):
+        ssh = self._fake_ssh('case "$*" in *good*) eval "$last";; *) echo "bad luck with $*" >&2; exit 7;; esac')
+        with self.assertRaises(LaunchError) as caught:
+            daemons(3, url="tcp://127.0.0.1:0", remote=ssh_config(["good", "bad1", "bad2"], command=ssh, python=self.PYTHON))
+        self.assertIn("ssh bad1 exited with status 7", str(caught.exception))
+        self.assertIn("ssh bad2 exited with status 7", str(caught.exception))
+        wait_until(lambda: not self.marked(), 5.0, "the end of the one that did join")
+
+    def test_those_that_come_later_do_not_hinder_a_profile_that_is_set(self):
+        with daemons(1, url="tcp://127.0.0.1:0"):
+            with self.assertRaisesRegex(LaunchError, "no luck"):
+                launch_remote(2, ssh_config("a", command=self._fake_ssh("echo no luck >&2; exit 1")))
+            self.check_map(100)
+            self.assertEqual(info().connections, 1)
+
+    def test_tasks_that_wait_for_daemons_of_which_none_can_come_are_told_why(self):
+        with daemons(url="tcp://127.0.0.1:0"):
+            waiting = mirai.mirai(int, "5")
+            with self.assertRaises(LaunchError):
+                launch_remote(1, remote_config(self.program(self.folder(), "run", "#!/bin/sh\necho out of nodes >&2; exit 3"), ["."]))
+            value, = self.results_of([waiting])
+            self.assertIsInstance(value, LaunchError)
+            self.assertIn("out of nodes", str(value))
+            launch_remote(1, ssh_config("a", command=self._fake_ssh(), python=self.PYTHON))
+            self.assertEqual(mirai.mirai(int, "5").result(LONG), 5)
+
+    def test_a_daemon_of_a_launcher_that_dies_is_lost_and_the_launcher_does_not_bring_it_back(self):
+        with FarGate() as gate, daemons(2, url="tcp://127.0.0.1:0", remote=ssh_config("a", command=self._fake_ssh(),
+                                                                              python=self.PYTHON)):
+            held = [mirai.mirai(gate.enter, i) for i in range(2)]
+            pids = dict(gate.arrived() for _ in held)
+            os.kill(pids[0], signal.SIGKILL)
+            self.assertIsInstance(self.results_of([held[0]])[0], MiraiConnectionReset)
+            gate.open()
+            self.assertEqual(held[1].result(LONG), 1)
+            wait_until(lambda: info().connections == 1)
+            self.check_map(100)
+
+    def _scheduler(self, submit, cancel, lines):
+        """Fake commands of a scheduler that run their jobs at once: the folder, and the log of what was asked."""
+        folder = self.folder()
+        log = os.path.join(folder, "log")
+        self.program(folder, submit, f"""
+            #!/bin/sh
+            echo {submit} "$@" >>{log}
+            cat >{folder}/script
+            {lines}
+            """)
+        self.program(folder, cancel, f"""
+            #!/bin/sh
+            echo {cancel} "$@" >>{log}
+            """)
+
+        def asked():
+            with contextlib.suppress(FileNotFoundError), open(log) as file:
+                return file.read().splitlines()
+            return []
+        return folder, asked
+
+    def test_lsf_and_pbs_get_one_array_job_that_is_ended_by_its_number(self):
+        run_two = ("for i in 1 2; do setsid sh -c 'echo >{folder}/began'$i'; exec sh {folder}/script' </dev/null >/dev/null 2>&1 &"
+                   " while [ ! -e {folder}/began$i ]; do sleep 0.01; done; done")
+        for submit, cancel, options, said, expected in (
+            ("bsub", "bkill", "", "Job <4711> is submitted to default queue <normal>.", ["bsub -J mirai[1-2]", "bkill 4711"]),
+            ("qsub", "qdel", "#PBS -l x=1", "4711[].server.domain", ["qsub -J 1-2", "qdel 4711[].server.domain"]),
+            ("qsub", "qdel", "#$ -l x=1", "4711.1-2:1", ["qsub -terse -t 1-2", "qdel 4711"]),
+            ("sbatch", "scancel", "#SBATCH -c 1", "4711;cluster", ["sbatch --parsable --array=1-2", "scancel 4711"]),
+        ):
+            with self.subTest(submit=submit, options=options):
+                folder, asked = self._scheduler(submit, cancel, "")
+                with open(os.path.join(folder, submit), "a") as file:
+                    file.write(run_two.format(folder=folder) + f"\necho '{said}'\n")
+                with daemons(2, url="tcp://127.0.0.1:0", remote=self.cluster(os.path.join(folder, submit), options=options)):
+                    self.check_map(100)
+                    wait_until(lambda: info().connections == 2)
+                    self.assertEqual(asked(), expected[:1])
+                wait_until(lambda: asked() == expected, 5.0, f"{expected}, not {asked()},")
+
+    def test_a_scheduler_that_refuses_is_quoted(self):
+        folder, _ = self._scheduler("sbatch", "scancel", "echo 'sbatch: error: invalid partition' >&2; exit 1")
+        with self.assertRaisesRegex(LaunchError, "sbatch exited with status 1; its last words:\nsbatch: error: invalid partition"):
+            daemons(2, url="tcp://127.0.0.1:0", remote=self.cluster(os.path.join(folder, "sbatch")))
+
+    # -- through an API
+
+    def _api(self, answer=200, body=b"{}"):
+        """A server that runs the commands it is sent, and the requests it had."""
+        requests, processes = [], []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(handler):
+                data = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+                requests.append((handler.command, handler.path, dict(handler.headers), data))
+                if answer == 200:
+                    process = subprocess.Popen(["sh", "-s"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                               stderr=subprocess.DEVNULL, start_new_session=True)
+                    text = json.loads(data)["cmd"] if data.startswith(b"{") else data.decode()
+                    process.stdin.write(text.encode())
+                    process.stdin.close()
+                    processes.append(process)
+                handler.send_response(answer)
+                handler.send_header("Content-Length", str(len(body)))
+                handler.end_headers()
+                handler.wfile.write(body)
+
+            do_PUT = do_POST
+
+            def log_message(handler, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="api")
+        thread.start()
+
+        def end():
+            server.shutdown()
+            server.server_close()
+            thread.join(LONG)
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    if process.poll() is None:
+                        os.killpg(process.pid, signal.SIGKILL)
+                process.wait(LONG)
+        self.addCleanup(end)
+        return f"http://127.0.0.1:{server.server_address[1]}/run", requests
+
+    def test_an_http_api_launches_daemons_by_a_request_each(self):
+        url, requests = self._api()
+        remote = http_config(lambda: url, headers=lambda: {"Content-Type": "application/json", "X-Mine": "1"},
+                             data='{"cmd": "%s", "job": 1}', cookie="a=b", token=lambda: "t0ken", python=self.PYTHON)
+        with daemons(2, url="tcp://127.0.0.1:0", remote=remote):
+            wait_until(lambda: info().connections == 2)
+            self.check_map()
+        self.assertEqual(len(requests), 2)
+        for method, path, headers, data in requests:
+            self.assertEqual((method, path, headers["X-Mine"], headers["Cookie"], headers["Authorization"],
+                              json.loads(data)["job"]), ("POST", "/run", "1", "a=b", "Bearer t0ken", 1))
+        self.assertNotIn("t0ken", repr(remote))
+
+    def test_an_http_apis_body_may_be_made_by_a_function_or_be_the_command_itself(self):
+        url, requests = self._api()
+        for data in (lambda command: json.dumps({"cmd": command}), lambda command: command.encode()):
+            with daemons(1, url="tcp://127.0.0.1:0", remote=http_config(url, "PUT", data=data, python=self.PYTHON)):
+                self.check_map(10)
+        self.assertEqual([method for method, *_ in requests], ["PUT", "PUT"])
+
+    def test_an_http_api_that_refuses_or_is_not_there_is_quoted(self):
+        url, _ = self._api(403, b"no quota left")
+        with self.assertRaisesRegex(LaunchError, r"(?s)/run answered 403 .*no quota left"):
+            daemons(1, url="tcp://127.0.0.1:0", remote=http_config(url))
+        self.assertFalse(mirai.daemons_set())
+        with self.assertRaisesRegex(LaunchError, "can't be reached: .*[Rr]efused"):
+            daemons(1, url="tcp://127.0.0.1:0", remote=http_config(f"http://127.0.0.1:{free_port()}/"))
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            start = time.monotonic()
+            with self.assertRaisesRegex(LaunchError, "can't be reached: .*timed out"):
+                daemons(1, url="tcp://127.0.0.1:0", remote=http_config(f"http://127.0.0.1:{silent.getsockname()[1]}/", timeout=0.3))
+            self.assertLess(time.monotonic() - start, 10)
+
+    # -- ssh, the real one
+
+    @needs_service("sshd")
+    def test_ssh_runs_daemons_on_a_machine_that_has_only_python(self):
+        with daemons(3, remote=self.ssh("bare", setup=["export MIRAI_A=one"], cwd="/usr")) as set:
+            self.assertTrue(set)
+            self.assertTrue(status()["daemons"].startswith("tls+tcp://"))
+            self.check_map()
+            self.assertEqual(mirai.mirai(environment_of, "MIRAI_A").result(LONG), "one")
+            self.assertEqual(mirai.mirai(os.getcwd).result(LONG), "/usr")
+            self.assertEqual(len(self.marked()), 4, "three daemons, and the one that awaits them")
+        wait_until(lambda: not self.marked(), 5.0, "the end of the daemons")
+
+    @needs_service("sshd")
+    def test_daemons_by_ssh_read_nothing_of_the_hosts_disk_and_a_banner_does_not_disturb(self):
+        folder = _services_dir()
+        if os.getuid() or folder is None:
+            self.skipTest("hiding a directory needs root, and the script that starts an sshd")
+        state = self.folder()
+        script = os.path.join(folder, "sshd.sh")
+        env = {**os.environ, "SSHD_HIDE": HERE}
+        found = subprocess.run(["bash", script, "start", state], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+                               timeout=LONG, env=env, check=True).stdout
+        self.addCleanup(subprocess.run, ["bash", script, "stop", state], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL, timeout=LONG)
+        config = dict(line.split("=", 1) for line in found.splitlines())["SSH_CONFIG"]
+        login = os.path.join(os.path.dirname(config), "login")
+        with open(login) as file:
+            text = file.read()
+        with open(login, "w") as file:
+            file.write(text.replace("exec env -i", "echo Welcome; echo quota exceeded >&2; exec env -i"))
+        with daemons(2, remote=self.ssh("bare", command=f"ssh -F {config}")):
+            self.assertEqual(mirai.mirai(os.listdir, HERE).result(LONG), [])
+            self.check_map()
+
+    @needs_service("sshd")
+    def test_ssh_tunnels_and_goes_through_a_jump_host(self):
+        with daemons(2, remote=self.ssh("bare", tunnel=True)):
+            self.assertTrue(status()["daemons"].startswith("tcp://127.0.0.1:"))
+            self.check_map()
+        with daemons(4, remote=self.ssh(["far", "node1"])):
+            self.check_map()
+        with daemons(2, remote=self.ssh(["far", "bare"], tunnel=True)):
+            self.check_map()
+
+    @needs_service("sshd")
+    def test_another_python_serves_what_both_can_import(self):
+        for alias in ("py39", "py313"):
+            if output_of("ssh", "-F", ssh_file(), alias, "python3 -V").startswith("Python"):
+                with self.subTest(alias), daemons(1, remote=self.ssh(alias)):
+                    self.check_map(100)
+                    self.assertEqual(mirai.mirai("__import__('sys').version_info[1]").result(LONG), int(alias[3:]))
+
+    @needs_service("sshd")
+    def test_what_ssh_or_python_says_is_in_the_error_and_in_time(self):
+        for remote, options, words in (
+            ("noauth", {}, "ssh noauth exited with status 255; its last words:\n.*Permission denied"),
+            ("refused", {}, "ssh refused exited with status 255; its last words:\n.*Connection refused"),
+            ("bare", {"python": "python9.9"}, "ssh bare exited with status 127; its last words:\n.*python9.9.*not found"),
+            ("bare", {"cwd": "/nonexistent/x"}, "ssh bare exited with status 2; its last words:\n.*/nonexistent/x"),
+            ("bare", {"setup": "exit 3"}, "ssh bare exited with status 3"),
+            ("bare", {"setup": "echo no module >&2; exit 3"}, "status 3; its last words:\nno module"),
+            ("py36", {}, "mirai needs Python 3.9 or newer, .* is 3.6"),
+            ("nonexistent.invalid", {}, "Could not resolve hostname nonexistent.invalid"),
+        ):
+            with self.subTest(remote=remote, **options):
+                start = time.monotonic()
+                with self.assertRaisesRegex(LaunchError, "(?s)" + words):
+                    daemons(2, remote=self.ssh(remote, **options))
+                self.assertLess(time.monotonic() - start, 10)
+                self.assertFalse(mirai.daemons_set())
+
+    @needs_service("sshd")
+    def test_a_machine_that_does_not_answer_is_given_up_after_the_timeout(self):
+        """One that takes the connection and says nothing, and one that is not on the network."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            for remote, words in ((f"127.0.0.1:{silent.getsockname()[1]}", "timed out"), ("192.0.2.254:22", "timed out|No route|unreachable")):
+                with self.subTest(remote=remote):
+                    start = time.monotonic()
+                    with self.assertRaisesRegex(LaunchError, words):
+                        daemons(1, remote=ssh_config(remote, timeout=1, command=f"ssh -F {ssh_file()}"))
+                    self.assertLess(time.monotonic() - start, 8)
+
+    @needs_service("sshd")
+    def test_a_remote_port_that_is_taken_is_said_to_be(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            class Fixed:
+                def randrange(self, *_):
+                    return taken.getsockname()[1]
+            with replaced(random, "SystemRandom", Fixed), self.assertRaisesRegex(LaunchError, "remote port forwarding failed"):
+                daemons(1, remote=self.ssh("node1", tunnel=True))
+
+    @needs_service("sshd")
+    def test_launching_by_ssh_shows_no_secret_in_any_argument(self):
+        key = os.urandom(32).hex()
+        for tunnel in (False, True):
+            with Watcher() as watcher:
+                with daemons(2, url=None if not tunnel else "tcp://127.0.0.1:0", key=key, remote=self.ssh("bare", tunnel=tunnel)):
+                    self.check_map(100)
+            self.assertTrue(watcher.saw(b"exec /bin/sh -s") and watcher.saw(self.WORD.encode()), "nothing was seen at all")
+            self.assertFalse(watcher.saw(key.encode()))
+
+    @needs_service("sshd")
+    def test_a_key_is_in_no_environment_of_what_daemons_start(self):
+        with daemons(1, remote=self.ssh("bare")):
+            key = mirai._profiles["default"].key
+            env = mirai.mirai(dict, mirai.mirai("dict(__import__('os').environ)").result(LONG)).result(LONG)
+            self.assertNotIn(key, json.dumps(env))
+
+    @needs_service("sshd")
+    def test_the_end_of_a_host_ends_what_it_launched_by_ssh(self):
+        code = f"""
+            from mirai import *
+            daemons(2, remote=ssh_config("bare", command="ssh -F {ssh_file()}", python="{self.PYTHON}"))
+            print(info().connections)
+            import time
+            time.sleep(1000)
+            """
+        with Host(code) as host:
+            self.assertEqual(host.line(), "2")
+            self.assertTrue(self.marked())
+            host.process.kill()
+            wait_until(lambda: not self.marked(), 10.0, "the end of the daemons")
+
+    @needs_service("sshd")
+    def test_daemons_by_ssh_connect_to_a_host_without_a_dispatcher(self):
+        with daemons(2, remote=self.ssh("bare"), dispatcher=False):
+            self.check_map()
+
+    @needs_service("sshd")
+    def test_daemons_by_ssh_that_wait_serve_the_next_host_and_outlive_the_first(self):
+        url, key = host_url(tls=True, port=free_port()), os.urandom(32).hex()
+        code = f"""
+            import os, time
+            from mirai import *
+            remote = ssh_config("bare", command="ssh -F {ssh_file()}", python="{self.PYTHON}")
+            daemons(2, url="{url}", key="{key}", remote=remote, autoexit=False)
+            print(*sorted(everywhere(os.getpid).results()))
+            time.sleep(1000)
+            """
+        with Host(code) as host:
+            first = host.line()
+            host.process.kill()
+        for _ in range(2):
+            with daemons(url=url, key=key):
+                joined(2)
+                self.assertEqual(" ".join(map(str, sorted(mirai.everywhere(os.getpid).results()))), first)
+                self.check_map(100)
+        daemons(url=url, key=key)
+        joined(2)
+        daemons(None)
+        wait_until(lambda: not self.marked(), 10.0, "the end of the daemons")
+
+    @needs_service("sshd")
+    def test_a_tunnel_that_breaks_resolves_its_tasks(self):
+        with FarGate() as gate, daemons(1, remote=self.ssh("bare", tunnel=True)):
+            m = mirai.mirai(gate.enter, 1)
+            _, daemon = gate.arrived()
+            ssh = [pid for pid, line in command_lines().items() if line.startswith(b"ssh\0-F\0") and b"-R\0" in line
+                   and pid in family_of(os.getpid())]
+            self.assertEqual(len(ssh), 1)
+            os.kill(ssh[0], signal.SIGKILL)
+            value, = self.results_of([m], 15)
+            self.assertIsInstance(value, MiraiConnectionReset)
+            gate.open()
+            no_more([daemon], 15)
+
+    # -- Slurm
+
+    def squeue(self, name):
+        return output_of("squeue", "-h", "-r", "-n", name, "-o", "%i %T %F").splitlines()
+
+    def _array(self, name, **options):
+        options.setdefault("options", f"#SBATCH --job-name={name}")
+        return self.cluster("sbatch", **options)
+
+    @needs_service("slurm")
+    def test_slurm_runs_one_array_job_with_options_and_setup(self):
+        name = f"m{os.urandom(4).hex()}"
+        remote = self._array(name, options=["#!/bin/bash", f"#SBATCH --job-name={name}", "#SBATCH --cpus-per-task=2"],
+                             setup="export MIRAI_A=$SLURM_CPUS_PER_TASK", cwd="/usr")
+        with daemons(3, remote=remote):
+            wait_until(lambda: info().connections == 3)
+            self.check_map()
+            self.assertEqual(mirai.mirai(environment_of, "MIRAI_A").result(LONG), "2")
+            self.assertEqual(mirai.mirai(os.getcwd).result(LONG), "/usr")
+            jobs = self.squeue(name)
+            self.assertEqual((len(jobs), len({line.split()[-1] for line in jobs})), (3, 1), jobs)
+            ids = mirai.everywhere(environment_of, "SLURM_ARRAY_TASK_ID").results()
+            self.assertEqual(sorted(ids), ["1", "2", "3"])
+        wait_jobs_gone(lambda: self.squeue(name), name)
+
+    @needs_service("slurm")
+    def test_scancel_of_one_array_task_resolves_its_task_and_the_rest_finish(self):
+        name = f"m{os.urandom(4).hex()}"
+        with FarGate() as gate, daemons(3, remote=self._array(name)):
+            wait_until(lambda: info().connections == 3)
+            where = mirai.everywhere(_job_task).results()
+            of = {pid: job for pid, job in where}
+            held = [mirai.mirai(gate.enter, i) for i in range(5)]
+            pids = dict(gate.arrived() for _ in range(3))
+            label, pid = next(iter(pids.items()))
+            subprocess.run(["scancel", of[pid]], check=True, timeout=LONG)
+            value, = self.results_of([held[label]], 15)
+            self.assertIsInstance(value, MiraiConnectionReset)
+            self.assertEqual(value.code, 19)
+            self._open_until_done(gate, held)
+            self.assertEqual([m.data for m in held if m is not held[label]], [i for i in range(5) if i != label])
+            self.assertEqual(info().connections, 2)
+        wait_jobs_gone(lambda: self.squeue(name), name)
+
+    def _open_until_done(self, gate, held):
+        """Lets those go that are held, and those that come to the gate after them."""
+        done = threading.Event()
+
+        def let():
+            while not done.is_set():
+                gate.open()
+                with contextlib.suppress(OSError):
+                    gate.arrived()
+        gate.listener.settimeout(0.05)
+        thread = threading.Thread(target=let, name="let")
+        thread.start()
+        try:
+            self.results_of(held)
+        finally:
+            done.set()
+            thread.join(LONG)
+            gate.listener.settimeout(LONG)
+
+    @needs_service("slurm")
+    def test_no_job_is_left_of_daemons_that_have_not_yet_begun(self):
+        """More than there are processors: some wait in the queue when the profile is reset."""
+        name = f"m{os.urandom(4).hex()}"
+        with daemons(40, remote=self._array(name)):
+            wait_until(lambda: info().connections >= 2)
+            wait_until(lambda: any("PENDING" in line for line in self.squeue(name)))
+        wait_jobs_gone(lambda: self.squeue(name), name)
+
+    @needs_service("slurm")
+    def test_a_host_that_is_killed_leaves_no_jobs(self):
+        name = f"m{os.urandom(4).hex()}"
+        code = f"""
+            import time
+            from mirai import *
+            daemons(20, remote=cluster_config("sbatch", "#SBATCH --job-name={name}", python="{self.PYTHON}"))
+            while not info().connections:
+                time.sleep(0.01)
+            print("there")
+            time.sleep(1000)
+            """
+        with Host(code) as host:
+            self.assertEqual(host.line(), "there")
+            self.assertTrue(self.squeue(name))
+            host.process.kill()
+            wait_jobs_gone(lambda: self.squeue(name), name)
+
+    @needs_service("slurm")
+    def test_a_partition_that_does_not_exist_is_slurms_own_words(self):
+        with self.assertRaisesRegex(LaunchError, "(?s)sbatch exited with status 1; its last words:.*invalid partition"):
+            daemons(1, remote=self.cluster("sbatch", options="#SBATCH --partition=nonexistent"))
+
+    @needs_service("slurm")
+    def test_launching_by_sbatch_shows_no_secret_in_any_argument(self):
+        key, name = os.urandom(32).hex(), f"m{os.urandom(4).hex()}"
+        with Watcher() as watcher, daemons(2, key=key, remote=self._array(name)):
+            wait_until(lambda: info().connections == 2)
+            self.check_map(100)
+        self.assertTrue(watcher.saw(b"--array=1-2") and watcher.saw(self.WORD.encode()))
+        self.assertFalse(watcher.saw(key.encode()))
+        wait_jobs_gone(lambda: self.squeue(name), name)
+
+    @needs_service("slurm")
+    def test_srun_runs_daemons_by_remote_config(self):
+        name = f"m{os.urandom(4).hex()}"
+        with daemons(2, url=host_url(tls=True), remote=remote_config("srun", ["-Q", f"--job-name={name}", "-n1", "."], python=self.PYTHON)):
+            wait_until(lambda: info().connections == 2)
+            self.check_map()
+        wait_jobs_gone(lambda: self.squeue(name), name)
+
+    @needs_service("slurm")
+    def test_a_host_in_a_job_launches_jobs_of_their_own(self):
+        """Its environment would otherwise make them steps of it."""
+        name = f"m{os.urandom(4).hex()}"
+        code = f"""
+            import sys
+            sys.path.insert(0, {HERE!r})
+            from mirai import *
+            import time
+            with daemons(2, remote=remote_config("srun", ["-Q", "--job-name={name}", "-n1", "."], python="{self.PYTHON}")):
+                while info().connections < 2:
+                    time.sleep(0.01)
+                print(sorted(mirai_map(range(10), abs).results()) == list(range(10)))
+            """
+        folder = self.folder()
+        script = self.program(folder, "host.py", code)
+        out = os.path.join(folder, "out")
+        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        subprocess.run(["sbatch", "--wait", f"--job-name={name}", f"--output={out}", "--wrap", f"{sys.executable} {script}"],
+                       check=False, timeout=LONG, stdout=subprocess.DEVNULL, env=env)
+        with open(out) as file:
+            self.assertEqual(file.read().strip(), "True")
+        wait_jobs_gone(lambda: self.squeue(name), name)
+
+    # -- SGE
+
+    def qstat(self, name):
+        return [line for line in output_of("qstat", "-u", "*").splitlines() if name[:10] in line]
+
+    def _sge(self, name, *lines, **options):
+        return self.cluster("qsub", options=[f"#$ -N {name}", *lines], **options)
+
+    @needs_service("sge")
+    def test_sge_runs_one_array_job_with_options_and_setup(self):
+        name = f"m{os.urandom(4).hex()}"
+        with daemons(3, remote=self._sge(name, "#$ -v MIRAI_B=two", setup="export MIRAI_A=$SGE_TASK_ID", cwd="/usr")):
+            wait_until(lambda: info().connections == 3)
+            self.check_map()
+            self.assertEqual(sorted(mirai.everywhere(environment_of, "MIRAI_A").results()), ["1", "2", "3"])
+            self.assertEqual(mirai.mirai(environment_of, "MIRAI_B").result(LONG), "two")
+            self.assertEqual(mirai.mirai(os.getcwd).result(LONG), "/usr")
+            self.assertEqual(len({line.split()[0] for line in self.qstat(name)}), 1)
+        wait_jobs_gone(lambda: self.qstat(name), name)
+
+    @needs_service("sge")
+    def test_qdel_of_one_array_task_resolves_its_task_and_the_rest_finish(self):
+        name = f"m{os.urandom(4).hex()}"
+        with FarGate() as gate, daemons(3, remote=self._sge(name)):
+            wait_until(lambda: info().connections == 3)
+            of = {pid: job for pid, job in mirai.everywhere(_job_task).results()}
+            held = [mirai.mirai(gate.enter, i) for i in range(5)]
+            pids = dict(gate.arrived() for _ in range(3))
+            label, pid = next(iter(pids.items()))
+            job, task = of[pid].split("_")
+            subprocess.run(["qdel", job, "-t", task], check=True, timeout=LONG, stdout=subprocess.DEVNULL)
+            value, = self.results_of([held[label]], 30)
+            self.assertIsInstance(value, MiraiConnectionReset)
+            self._open_until_done(gate, held)
+            self.assertEqual([m.data for m in held if m is not held[label]], [i for i in range(5) if i != label])
+        wait_jobs_gone(lambda: self.qstat(name), name)
+
+    @needs_service("sge")
+    def test_sge_is_left_without_jobs_when_the_profile_is_reset_or_its_host_killed(self):
+        name = f"m{os.urandom(4).hex()}"
+        with daemons(20, remote=self._sge(name)):
+            wait_until(lambda: info().connections >= 2)
+        wait_jobs_gone(lambda: self.qstat(name), name, 40)
+        code = f"""
+            import time
+            from mirai import *
+            daemons(20, remote=cluster_config("qsub", "#$ -N {name}", python="{self.PYTHON}"))
+            while not info().connections:
+                time.sleep(0.01)
+            print("there")
+            time.sleep(1000)
+            """
+        with Host(code) as host:
+            self.assertEqual(host.line(), "there")
+            host.process.kill()
+            wait_jobs_gone(lambda: self.qstat(name), name, 40)
+
+    # -- the same everywhere
+
+    def test_the_same_map_gives_the_same_wherever_daemons_are(self):
+        ways = {"local": {}, "loopback": {"url": "tcp://127.0.0.1:0"}, "direct": {"dispatcher": False}}
+        if ssh_file():
+            ways.update(ssh={"remote": self.ssh("bare")}, tunnel={"remote": self.ssh("bare", tunnel=True)})
+        if shutil.which("sbatch") and service("slurm") is not None:
+            ways["slurm"] = {"remote": self.cluster("sbatch")}
+        if shutil.which("qsub") and service("sge") is not None:
+            ways["sge"] = {"remote": self.cluster("qsub")}
+        expected = None
+        for name, options in ways.items():
+            with self.subTest(name), daemons(3, seed=42, **options):
+                found = mirai_map(range(1000), _random_with).results()
+                expected = expected or found
+                self.assertEqual(found, expected)
+
+
+@by_value
+def _job_task():
+    """This daemon's process, and the array task that it is."""
+    e = os.environ
+    if "SLURM_ARRAY_JOB_ID" in e:
+        return os.getpid(), f"{e['SLURM_ARRAY_JOB_ID']}_{e['SLURM_ARRAY_TASK_ID']}"
+    return os.getpid(), f"{e['JOB_ID']}_{e['SGE_TASK_ID']}"
+
+
+@by_value
+def _random_with(x):
+    return x, random.random()
+
+
+# -- 8., 10. The network between
+
+
+@functools.cache
+def own_addresses():
+    """This machine's addresses that are not loopback: hosts, as in a URL."""
+    return [mirai.parse_url(url).host for url in host_url().interfaces.values()]
+
+
+def own_address(version=4):
+    for host in own_addresses():
+        if (":" in host) == (version == 6):
+            with contextlib.suppress(OSError), socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+                return host
+    raise unittest.SkipTest(f"this machine has no IPv{version} address but loopback")
+
+
+def at(host, scheme="tcp", port=0):
+    return mirai.format_url(mirai.Address(scheme, host, port))
+
+
+class Middle:
+    """Sits between dialers and a listener. `alter(direction, number, unit)` gives what goes on instead of a unit, a list:
+    of the handshake's frames (numbers below 0) and then of sealed records, in direction 'up' (to the listener) or 'down';
+    None ends the connection there. Each connection's units are kept in `seen`."""
+
+    def __init__(self, url, alter=lambda direction, number, unit: [unit], host=None):
+        self.target, self.alter = mirai.parse_url(url), alter
+        self.host = host or self.target.host
+        self.listener = socket.create_server((self.host, 0), family=socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        self.url = at(self.host, self.target.scheme, self.listener.getsockname()[1])
+        self.seen = []
+        self.socks = []
+        self.threads = [threading.Thread(target=self._accept, name="middle")]
+
+    def __enter__(self):
+        self.threads[0].start()
+        return self
+
+    def __exit__(self, *_):
+        for sock in [self.listener, *self.socks]:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(LONG)
+        for sock in [self.listener, *self.socks]:
+            sock.close()
+
+    def _accept(self):
+        while True:
+            try:
+                dialer, _ = self.listener.accept()
+            except OSError:
+                return
+            listener = socket.create_connection((self.target.host, self.target.port), source_address=(self.host, 0))
+            self.socks += [dialer, listener]
+            for each in (("up", dialer, listener), ("down", listener, dialer)):
+                self.threads.append(threading.Thread(target=self._carry, args=each, name="middle"))
+                self.threads[-1].start()
+
+    def _carry(self, direction, source, sink):
+        buffer, number = bytearray(), -2        # two frames of the handshake in either direction
+        try:
+            while data := source.recv(65536):
+                buffer += data
+                while (end := self._end(buffer, number)) is not None:
+                    unit = bytes(buffer[:end])
+                    del buffer[:end]
+                    self.seen.append((direction, number, unit))
+                    instead = self.alter(direction, number, unit)
+                    number += 1
+                    if instead is None:
+                        return
+                    for each in instead:
+                        sink.sendall(each)
+        except OSError:
+            pass
+        finally:
+            for sock in (source, sink):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _end(buffer, number):
+        head, rest = (mirai.HEADER.size, 0) if number < 0 else (4, 32)
+        if len(buffer) < head:
+            return None
+        length = mirai.HEADER.unpack_from(buffer)[0] if number < 0 else int.from_bytes(buffer[:4], "little")
+        end = head + length + rest
+        return end if len(buffer) >= end else None
+
+
+def openssl(folder, *words):
+    done = subprocess.run(["openssl", *words], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, timeout=LONG)
+    if done.returncode:
+        raise AssertionError(f"openssl {words[0]}: {done.stderr}")
+    return done.stdout
+
+
+class Authority:
+    """Certificates of one's own: a root, one below it that signs, and the listeners'. Made by openssl in `folder`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._key("root")
+        openssl(folder, "req", "-x509", "-new", "-key", "root.key", "-subj", "/CN=root of tests", "-days", "30", "-out", "root.pem",
+                "-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign")
+        self._key("middle")
+        self._sign("middle", "root", "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign")
+
+    def _key(self, name):
+        openssl(self.folder, "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{name}.key")
+
+    def _sign(self, name, by, extensions, *options):
+        with open(self.path(f"{name}.ext"), "w") as file:
+            file.write(f"subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n{extensions}\n")
+        openssl(self.folder, "req", "-new", "-key", f"{name}.key", "-subj", f"/CN={name}", "-out", f"{name}.csr")
+        if options:
+            self._sign_by_dates(name, by, options)
+        else:
+            openssl(self.folder, "x509", "-req", "-in", f"{name}.csr", "-CA", f"{by}.pem", "-CAkey", f"{by}.key", "-CAcreateserial",
+                    "-days", "30", "-extfile", f"{name}.ext", "-out", f"{name}.pem")
+
+    def _sign_by_dates(self, name, by, dates):
+        for path, text in (("index", ""), ("serial", "10"), ("ca.conf", (
+                "[ca]\ndefault_ca=x\n[x]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\n"
+                "[p]\ncommonName=supplied\n"))):
+            with open(self.path(path), "w") as file:
+                file.write(text)
+        openssl(self.folder, "ca", "-batch", "-config", "ca.conf", "-in", f"{name}.csr", "-cert", f"{by}.pem", "-keyfile", f"{by}.key",
+                "-startdate", dates[0], "-enddate", dates[1], "-extfile", f"{name}.ext", "-out", f"{name}.pem", "-notext")
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def read(self, name):
+        with open(self.path(name)) as file:
+            return file.read()
+
+    def listener(self, name, names, password=None, dates=()):
+        """Makes a certificate chain and its key: PEM texts."""
+        self._key(name)
+        self._sign(name, "middle", f"subjectAltName={names}\nextendedKeyUsage=serverAuth", *dates)
+        if password:
+            openssl(self.folder, "ec", "-in", f"{name}.key", "-aes256", "-passout", f"pass:{password}", "-out", f"{name}.key")
+        return self.read(f"{name}.pem") + self.read("middle.pem"), self.read(f"{name}.key")
+
+
+class NetworkCase(MachinesCase):
+    def by_hand(self, url, key, *options, **more):
+        daemon = ByHand(url, *options, key=key, **more)
+        self.addCleanup(daemon.__exit__)
+        return daemon
+
+    def shell(self, **options):
+        shell = Shell(**options)
+        self.addCleanup(shell.__exit__, None, None, None)
+        return shell.__enter__()
+
+
+class TestNetwork(NetworkCase):
+    # -- URLs and addresses
+
+    def test_daemons_serve_at_every_kind_of_url_with_and_without_a_dispatcher(self):
+        hosts = ["127.0.0.1", "::1", "localhost", *own_addresses(), socket.gethostname()]
+        for scheme in ("tcp", "tls+tcp") if shutil.which("openssl") else ("tcp",):
+            for host in hosts:
+                for dispatcher in (True, False):
+                    with self.subTest(scheme=scheme, host=host, dispatcher=dispatcher), \
+                            daemons(2, url=at(host, scheme), dispatcher=dispatcher):
+                        url = mirai.parse_url(status()["daemons"])
+                        self.assertEqual((url.scheme, url.host), (scheme, host))
+                        self.assertGreater(url.port, 0)
+                        self.check_map(200)
+
+    def test_a_url_of_all_addresses_is_reached_at_each_of_them(self):
+        for scheme in ("tcp", "tls+tcp") if shutil.which("openssl") else ("tcp",):
+            for host in ("*", "0.0.0.0", socket.gethostname()):
+                key = os.urandom(32).hex()
+                with self.subTest(scheme=scheme, host=host), daemons(url=at(host, scheme), key=key):
+                    port = mirai.parse_url(status()["daemons"]).port
+                    peers = [mirai.dial(at(each, scheme, port), bytes.fromhex(key), "daemon", {}) for each in
+                             ("127.0.0.1", *own_addresses())]
+                    joined(len(peers))
+                    for peer in peers:
+                        peer.close()
+
+    def test_host_url_has_every_interface_and_a_port_is_kept(self):
+        self.assertTrue(host_url().startswith(f"tcp://{socket.gethostname()}:0"))
+        self.assertTrue(host_url(tls=True, port=77).endswith(":77"))
+        for name, url in host_url(tls=True, port=5).interfaces.items():
+            address = mirai.parse_url(url)
+            self.assertEqual((address.scheme, address.port), ("tls+tcp", 5))
+            self.assertFalse(address.host.startswith("127.") or address.host == "::1", name)
+
+    def test_a_port_that_is_taken_is_said_to_be(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken, self.assertRaisesRegex(LaunchError, "can't listen at tcp://127.0.0.1:.*in use"):
+            daemons(1, url=at("127.0.0.1", port=taken.getsockname()[1]))
+        with self.assertRaisesRegex(LaunchError, "can't listen at"):
+            daemons(1, url="tcp://192.0.2.254:0")
+        self.assertFalse(mirai.daemons_set())
+
+    def test_of_several_addresses_the_one_that_answers_is_taken_at_once(self):
+        key = os.urandom(32)
+        shell = self.shell(url="tcp://127.0.0.1:0")
+        other = self.shell(url="tcp://127.0.0.1:0")
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as silent:
+            # one that refuses, one that never says a thing, one with another key, and the right one
+            urls = [at("127.0.0.1", port=free_port()), "tcp://nonexistent.invalid:1", other.url, shell.url]
+            start = time.monotonic()
+            mirai.dial(urls, shell.key, "daemon", {}).close()
+            self.assertLess(time.monotonic() - start, 2.0)
+            with self.assertRaises(mirai.Refused) as caught:
+                mirai.dial(urls, key, "daemon", {}, 3.0)
+            for url in urls:
+                self.assertIn(url, str(caught.exception))
+            self.assertIn("does not hold the key", str(caught.exception))
+            with self.assertRaisesRegex(OSError, "did not answer in time"):
+                mirai.dial(at("127.0.0.1", port=silent.getsockname()[1]), key, "daemon", {}, 0.3)
+
+    def test_an_address_that_takes_a_connection_and_is_silent_does_not_keep_from_the_others(self):
+        """A dialer has DIAL_TIME for all: a silent one, as of a machine that hangs, must not use it up."""
+        shell = self.shell(url="tcp://127.0.0.1:0")
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            connection = mirai.dial([at("127.0.0.1", port=silent.getsockname()[1]), shell.url], shell.key, "daemon", {}, 3.0)
+            connection.close()
+
+    # -- sealed frames
+
+    def test_frames_are_sealed_on_a_network_and_on_loopback_are_not(self):
+        for host, sealed in ((own_address(), True), ("127.0.0.1", False), ("::1", False)):
+            with self.subTest(host=host):
+                shell = self.shell(url=at(host))
+                found = mirai.dial(shell.url, shell.key, "daemon", {})
+                self.assertEqual(isinstance(found.channel, mirai.SealedChannel), sealed)
+                found.close()
+
+    def test_sealed_frames_carry_what_is_large_and_what_is_many(self):
+        with daemons(2, url=at(own_address())):
+            data = os.urandom(5 * MIB)
+            self.assertEqual(mirai.mirai(bytes.upper, data).result(LONG), data.upper())
+            self.check_map(3000)
+        if own_addresses()[1:]:
+            with daemons(1, url=at(own_address(6))):
+                self.check_map(100)
+
+    def test_a_dialer_refuses_a_listener_on_a_network_that_offers_no_protection(self):
+        """One that holds the key: it is another version, or misconfigured."""
+        key = os.urandom(32)
+        with socket.create_server((own_address(), 0)) as listener:
+            def serve():
+                sock, _ = listener.accept()
+                with sock:
+                    decoder, shake = mirai.Decoder(), mirai.ListenerHandshake(key, {})
+                    while data := sock.recv(65536):
+                        decoder.feed(data)
+                        while message := decoder.pop():
+                            sock.sendall(shake.receive(message))
+            thread = threading.Thread(target=serve)
+            thread.start()
+            with self.assertRaisesRegex(mirai.Refused, "offers neither TLS nor sealed frames, on a network"):
+                mirai.dial(at(own_address(), port=listener.getsockname()[1]), key, "daemon", {})
+            thread.join(LONG)
+
+    def test_nobody_between_can_talk_the_two_out_of_sealing(self):
+        shell = self.shell(url=at(own_address()))
+
+        def alter(direction, number, unit):
+            if (direction, number) == ("down", -2):
+                changed = unit.replace(b'"seal": true', b'"seal": null')
+                assert changed != unit
+                return [changed]
+            return [unit]
+        with Middle(shell.url, alter) as middle, self.assertRaisesRegex(mirai.Refused, "does not hold the key"):
+            mirai.dial(middle.url, shell.key, "daemon", {})
+
+    ATTACKS = {
+        "flip": lambda kept, number, unit: [flipped(unit, 8 * random.randrange(4, len(unit)))] if number == 3 else [unit],
+        "flip the length": lambda kept, number, unit: [flipped(unit, 0)] if number == 3 else [unit],
+        "an endless length": lambda kept, number, unit: [flipped(unit, 31)] if number == 3 else [unit],
+        "drop": lambda kept, number, unit: [] if number == 3 else [unit],
+        "repeat": lambda kept, number, unit: [unit, unit] if number == 3 else [unit],
+        "reorder": lambda kept, number, unit: kept.append(unit) or [] if number == 3 else [unit, *kept] if number == 4 else [unit],
+        "insert": lambda kept, number, unit: [unit, (40).to_bytes(4, "little") + bytes(72)] if number == 3 else [unit],
+        "truncate": lambda kept, number, unit: None if number == 3 else [unit],
+    }
+
+    def _attacked(self, how, direction):
+        """One daemon behind somebody who changes what passes, and its tasks."""
+        key, kept, attack = os.urandom(32).hex(), [], self.ATTACKS[how]
+        with Warnings() as log, daemons(url=at(own_address()), key=key):
+            with Middle(status()["daemons"], lambda way, number, unit: attack(kept, number, unit) if way == direction and number >= 0
+                        else [unit]) as middle:
+                daemon = self.by_hand(middle.url, key)
+                joined(1)
+                found = [mirai.mirai(divmod, i, 7) for i in range(20)]
+                if how in ("drop", "reorder"):      # what is missing is noticed with what comes next, and that may be nothing
+                    with contextlib.suppress(AssertionError):
+                        wait_until(lambda: info().connections == 0, 1.0)
+                    ended = info().connections == 0
+                else:
+                    ended = wait_until(lambda: info().connections == 0, 20.0, f"the end of a connection with {how} {direction}")
+                mirai.stop_mirai(found)     # what came before the attack was answered, and the rest finds nobody
+                for i, value in enumerate(self.results_of(found)):
+                    self.assertTrue(value == divmod(i, 7) or isinstance(value, (MiraiConnectionReset, mirai.MiraiCancelled)), value)
+                if ended:
+                    return log, daemon.status(10.0)[1]
+                return None
+
+    def test_what_is_changed_on_the_way_to_the_host_ends_the_connection_with_a_notice(self):
+        for how in self.ATTACKS:
+            with self.subTest(how):
+                found = self._attacked(how, "up")
+                if found and how != "truncate":
+                    log = found[0]
+                    log.wait(r"daemon \d+ on .*: what came over the network is not what was sent", 5.0)
+
+    def test_what_is_changed_on_the_way_to_a_daemon_ends_the_connection(self):
+        for how in self.ATTACKS:
+            with self.subTest(how):
+                found = self._attacked(how, "down")
+                if found and how != "truncate":
+                    log, said = found
+                    self.assertIn("what came over the network is not what was sent", said + " ".join(log.texts()))
+
+    # -- TLS
+
+    @needs_command("openssl")
+    def test_without_a_certificate_one_is_made_and_nothing_has_to_be_configured(self):
+        key = os.urandom(32).hex()
+        with daemons(2, url=host_url(tls=True), key=key):
+            self.check_map()
+            pem = mirai.nextget("tls")
+            self.assertIn("BEGIN CERTIFICATE", pem)
+            self.assertNotIn("PRIVATE", pem)
+            address = mirai.parse_url(status()["daemons"])
+            # it has this machine's names and addresses, so that it can be verified by who wants to
+            for host in (socket.gethostname(), "localhost", "127.0.0.1", *own_addresses()):
+                mirai.dial(at(host, "tls+tcp", address.port), bytes.fromhex(key), "daemon", {}, tlscert=pem).close()
+
+    @needs_command("openssl")
+    def test_each_profile_has_a_certificate_of_its_own(self):
+        with daemons(1, url="tls+tcp://127.0.0.1:0"):
+            first = mirai.nextget("tls")
+        with daemons(1, url="tls+tcp://127.0.0.1:0"):
+            self.assertNotEqual(mirai.nextget("tls"), first)
+
+    def test_what_makes_certificates_may_be_missing_and_is_then_named(self):
+        with changed_environ(PATH="/nonexistent"), self.assertRaisesRegex(OSError, "no openssl command.*tunnel=True"):
+            daemons(1, url="tls+tcp://127.0.0.1:0")
+        self.assertFalse(mirai.daemons_set())
+
+    def _authority(self):
+        return Authority(self.folder())
+
+    @needs_command("openssl")
+    def test_a_chain_of_ones_own_is_verified_up_to_its_authority(self):
+        own = self._authority()
+        chain, private = own.listener("good", "DNS:localhost,IP:127.0.0.1")
+        both = own.path("both.pem")
+        with open(both, "w") as file:
+            file.write(chain + private)
+        with open(own.path("chain.pem"), "w") as file:
+            file.write(chain)
+        for tls in ((chain, private), both, [own.path("chain.pem"), own.path("good.key")]):
+            with daemons(2, url="tls+tcp://127.0.0.1:0", tls=tls, tlscert=own.path("root.pem")):
+                self.check_map(100)
+                self.assertIn("BEGIN CERTIFICATE", mirai.nextget("tls"))
+                self.assertNotIn("PRIVATE", mirai.nextget("tls"), "it is for those who dial")
+                line, = launch_remote(tlscert=own.path("root.pem"))
+                self.assertIn(f"--tlscert '{own.path('root.pem')}'", line)
+                key = mirai._profiles["default"].key
+                daemon = self.by_hand(status()["daemons"], key, "--tlscert", own.path("root.pem"))
+                joined(3)
+            self.assertEqual(daemon.status(10.0)[0], 0)
+
+    @needs_command("openssl")
+    def test_certificate_and_key_are_told_apart_in_either_order(self):
+        own = self._authority()
+        cert, key = own.listener("good", "IP:127.0.0.1")
+        both = own.path("reverse.pem")
+        with open(both, "w") as file:
+            file.write(key + cert)
+        for tls in ((key, cert), both):
+            with daemons(1, url="tls+tcp://127.0.0.1:0", tls=tls, tlscert=own.read("root.pem")):
+                self.check_map(10)
+                self.assertNotIn("PRIVATE", mirai.nextget("tls"))
+
+    @needs_command("openssl")
+    def test_an_encrypted_key_is_opened_with_its_password(self):
+        own = self._authority()
+        pair = own.listener("good", "IP:127.0.0.1", password="open sesame")
+        for pass_ in ("open sesame", lambda: "open sesame"):
+            with daemons(1, url="tls+tcp://127.0.0.1:0", tls=pair, pass_=pass_, tlscert=own.read("root.pem")):
+                self.check_map(10)
+        for pass_ in (None, "", "wrong"):
+            with self.subTest(pass_=pass_), self.assertRaisesRegex(ValueError, "don't load .*pass_"):
+                daemons(1, url="tls+tcp://127.0.0.1:0", tls=pair, pass_=pass_)
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                self.assertNotIn(b"open sesame", file.read())
+
+    @needs_command("openssl")
+    def test_a_certificate_and_key_that_do_not_belong_together_are_refused_before_anything_is_reset(self):
+        own = self._authority()
+        first, second = own.listener("first", "IP:127.0.0.1"), own.listener("second", "IP:127.0.0.1")
+        with daemons(1):
+            for tls in ((first[0], second[1]), (first[0], first[0]), (first[1], first[1]), (first[0], "-----BEGIN nonsense")):
+                with self.assertRaisesRegex(ValueError, "tls: .*certificate and"):
+                    daemons(1, url="tls+tcp://127.0.0.1:0", tls=tls)
+            with self.assertRaises(FileNotFoundError):
+                daemons(1, url="tls+tcp://127.0.0.1:0", tls="/nonexistent.pem")
+            for options in ({"tls": first}, {"pass_": "x"}):
+                with self.assertRaisesRegex(ValueError, "for a url 'tls"):
+                    daemons(1, url="tcp://127.0.0.1:0", **options)
+            with self.assertRaises(FileNotFoundError):
+                daemons(1, url="tls+tcp://127.0.0.1:0", tls=first, tlscert="/nonexistent.pem")
+            self.check_map(10)
+
+    @needs_command("openssl")
+    def test_a_certificate_that_is_not_accepted_is_refused_with_the_reason_on_both_sides(self):
+        own, stranger = self._authority(), self._authority()
+        past, future = ("20200101000000Z", "20200201000000Z"), ("20980101000000Z", "20990101000000Z")
+        for name, pair, cert, reason, alert in (
+            ("another authority", own.listener("good", "IP:127.0.0.1"), stranger.read("root.pem"), "unable to get|self.signed", "unknown ca"),
+            ("another host", own.listener("other", "DNS:elsewhere.example,IP:192.0.2.9"), own.read("root.pem"), "IP address mismatch|not valid for",
+             "bad certificate|certificate unknown|handshake"),
+            ("expired", own.listener("old", "IP:127.0.0.1", dates=past), own.read("root.pem"), "expired", "expired"),
+            ("not yet valid", own.listener("new", "IP:127.0.0.1", dates=future), own.read("root.pem"), "not yet valid", "bad certificate"),
+        ):
+            key = os.urandom(32).hex()
+            pem = os.path.join(self.folder(), "cert.pem")
+            with open(pem, "w") as file:
+                file.write(cert)
+            with self.subTest(name), Warnings() as log, daemons(url="tls+tcp://127.0.0.1:0", tls=pair, key=key):
+                code, said = self.by_hand(status()["daemons"], key, "--tlscert", pem).status(15.0)
+                self.assertEqual(code, 77, said)
+                self.assertRegex(said, f"TLS: the listener's certificate is not accepted: .*({reason})")
+                log.wait(f"tcp://127.0.0.1:.*TLS: .*({alert})", 5.0)
+                with self.assertRaisesRegex(LaunchError, f"not accepted: .*({reason})"):
+                    daemons(1, url="tls+tcp://127.0.0.1:0", tls=pair, tlscert=cert)
+
+    @needs_command("openssl")
+    def test_who_sits_in_between_with_a_certificate_of_his_own_is_found_out(self):
+        """Nobody checks certificates here: the proof of the key is over the one that was seen."""
+        import ssl
+        shell = self.shell(url="tls+tcp://127.0.0.1:0", tls=[*mirai.make_certificate(["127.0.0.1"]), None])
+        his = mirai.listener_context(*mirai.make_certificate(["127.0.0.1"]), None)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def relay():
+                sock, _ = listener.accept()
+                with his.wrap_socket(sock, server_side=True) as dialer:
+                    plain = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                    plain.check_hostname, plain.verify_mode = False, ssl.CERT_NONE
+                    address = mirai.parse_url(shell.url)
+                    with socket.create_connection((address.host, address.port)) as inner, plain.wrap_socket(inner) as up:
+                        up.sendall(dialer.recv(65536))
+                        with contextlib.suppress(OSError):
+                            dialer.sendall(up.recv(65536))
+                            dialer.recv(65536)
+            thread = threading.Thread(target=relay)
+            thread.start()
+            with self.assertRaisesRegex(mirai.Refused, "somebody with another certificate is in between"):
+                mirai.dial(at("127.0.0.1", "tls+tcp", listener.getsockname()[1]), shell.key, "daemon", {})
+            thread.join(LONG)
+
+    @needs_command("openssl")
+    def test_plain_text_into_tls_and_tls_into_plain_text_are_told_apart(self):
+        for listens, dials in (("tls+tcp", "tcp"), ("tcp", "tls+tcp")):
+            key = os.urandom(32).hex()
+            with self.subTest(listens=listens), Warnings() as log, daemons(url=at("127.0.0.1", listens), key=key):
+                port = mirai.parse_url(status()["daemons"]).port
+                code, said = self.by_hand(at("127.0.0.1", dials, port), key).status(15.0)
+                self.assertIn(code, (69, 77), said)
+                self.assertNotIn("Traceback", said)
+                if dials == "tls+tcp":
+                    self.assertIn("the other side does not speak it here (tls+tcp:// has to be on both sides)", said)
+                    log.wait("refused tcp://127.0.0.1:.*not mirai", 5.0)
+                else:
+                    self.assertRegex(said, "tls|TLS", "says nothing of what might be wrong")
+                    log.wait("tcp://127.0.0.1:.*: TLS: the other side does not speak it here", 5.0)
+
+    @needs_command("openssl")
+    def test_tls_carries_what_is_large_and_what_is_many(self):
+        for dispatcher in (True, False):
+            with self.subTest(dispatcher=dispatcher), daemons(2, url="tls+tcp://127.0.0.1:0", dispatcher=dispatcher):
+                data = os.urandom(5 * MIB)
+                self.assertEqual(mirai.mirai(bytes.upper, data).result(LONG), data.upper())
+                self.check_map(3000)
+
+    @needs_command("openssl")
+    def test_five_hundred_daemons_dial_at_once_and_all_are_let_in(self):
+        code = """
+            import sys, threading, time
+            import mirai
+            url, key, n = sys.argv[1], bytes.fromhex(sys.argv[2]), int(sys.argv[3])
+            kept, failed, begin = [], [], threading.Event()
+            def dial():
+                begin.wait()
+                try:
+                    kept.append(mirai.dial(url, key, "daemon", {}))
+                except Exception as error:
+                    failed.append(repr(error))
+            threads = [threading.Thread(target=dial) for _ in range(n)]
+            for t in threads: t.start()
+            print("ready", flush=True)
+            sys.stdin.readline()
+            begin.set()
+            for t in threads: t.join()
+            print(len(kept), failed[:1], flush=True)
+            sys.stdin.readline()
+            """
+        key = os.urandom(32).hex()
+        with Warnings() as log, daemons(url="tls+tcp://127.0.0.1:0", key=key):
+            env = {**os.environ, "PYTHONPATH": HERE, "PYTHONDONTWRITEBYTECODE": "1"}
+            crowd = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), status()["daemons"], key, "125"], env=env,
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+            try:
+                for each in crowd:
+                    self.assertEqual(each.stdout.readline(), "ready\n")
+                for each in crowd:
+                    each.stdin.write("\n")
+                    each.stdin.flush()
+                self.assertEqual([each.stdout.readline() for each in crowd], ["125 []\n"] * 4)
+                joined(500)
+                self.assertEqual(log.texts(), [])
+            finally:
+                for each in crowd:
+                    each.kill()
+                    each.communicate()
+
+    # -- daemons that come again, wait, come and go
+
+    def test_daemons_that_wait_serve_the_next_host_at_the_same_url_and_key(self):
+        for scheme in ("tls+tcp", "tcp") if shutil.which("openssl") else ("tcp",):
+            for host in ("127.0.0.1", own_address()):
+                url, key = at(host, scheme, free_port()), os.urandom(32).hex()
+                with self.subTest(url=url):
+                    daemon = self.by_hand(url, key, "--autoexit", "false", "--asyncdial")
+                    for _ in range(3):
+                        with daemons(url=url, key=key):
+                            joined(1)
+                            self.assertEqual(mirai.mirai(os.getpid).result(LONG), daemon.pid)
+                            self.check_map(100)
+                    daemons(url=url, key=key)
+                    joined(1)
+                    daemons(None)
+                    self.assertEqual(daemon.status(10.0)[0], 0)
+
+    def test_a_host_that_is_killed_is_followed_by_the_next(self):
+        url, key = at("127.0.0.1", "tls+tcp", free_port()), os.urandom(32).hex()
+        daemon = self.by_hand(url, key, "--autoexit", "false", "--asyncdial")
+        code = f"""
+            from mirai import *
+            import os, time
+            daemons(url={url!r}, key={key!r})
+            print(mirai(os.getpid).result())
+            time.sleep(1000)
+            """
+        with Host(code) as host:
+            self.assertEqual(host.line(), str(daemon.pid))
+            host.process.kill()
+            host.process.wait(LONG)
+            with daemons(url=url, key=key):
+                joined(1)
+                self.assertEqual(mirai.mirai(os.getpid).result(LONG), daemon.pid)
+
+    def test_a_daemon_that_comes_before_its_host_waits_for_it_only_where_it_is_told_to(self):
+        for scheme in ("tcp", "tls+tcp"):
+            url, key = at("127.0.0.1", scheme, free_port()), os.urandom(32).hex()
+            code, said = self.by_hand(url, key).status(15.0)
+            self.assertEqual((code, "Traceback" in said), (69, False), said)
+            self.assertIn("refused", said)
+            early = self.by_hand(url, key, "--asyncdial")
+            with daemons(url=url, key=key):
+                joined(1)
+                self.check_map(10)
+            self.assertEqual(early.status(10.0)[0], 0)
+
+    def test_daemons_come_and_go_and_nothing_runs_twice(self):
+        """They leave after so many tasks, and others come, while a map runs."""
+        key, folder = os.urandom(32).hex(), self.folder()
+        path = os.path.join(folder, "ran")
+        url = at(own_address())
+        with daemons(url=url, key=key):
+            at_ = status()["daemons"]
+            found = mirai_map(range(10_000), _note_in, path)
+            left = []
+            crowd = [self.by_hand(at_, key, "--maxtasks", str(random.randrange(300, 900))) for _ in range(2)]
+            while not all(m.done() for m in found):
+                for each in list(crowd):
+                    if each.process.poll() is not None:
+                        crowd.remove(each)
+                        left.append(each.status(LONG)[0])
+                        crowd.append(self.by_hand(at_, key, "--maxtasks", str(random.randrange(300, 900))))
+                time.sleep(0.01)        # how often to look; nothing waits for it
+            self.assertEqual(found.results(), list(range(10_000)))
+            self.assertGreater(len(left), 5)
+            self.assertEqual(set(left), {3})
+        with open(path) as file:
+            ran = list(map(int, file))
+        self.assertEqual(sorted(ran), list(range(10_000)))
+
+    def test_daemons_are_killed_while_a_map_runs_and_nothing_runs_twice_or_comes_back_wrong(self):
+        key, path = os.urandom(32).hex(), os.path.join(self.folder(), "ran")
+        with daemons(url=at(own_address()), key=key):
+            at_ = status()["daemons"]
+            found = mirai_map(range(20_000), _note_in, path)
+            kills = 0
+            while not all(m.done() for m in found):
+                with ByHand(at_, key=key), ByHand(at_, key=key) as second:
+                    joined(2)
+                    before = info().completed
+                    wait_until(lambda: info().completed > before + 300 or all(m.done() for m in found))
+                    second.process.kill()
+                    kills += 1
+                    wait_until(lambda: second.process.poll() is not None)
+        values = [m.data for m in found]
+        lost = [i for i, value in enumerate(values) if isinstance(value, MiraiConnectionReset)]
+        self.assertEqual([value for i, value in enumerate(values) if i not in set(lost)], [i for i in range(20_000) if i not in set(lost)])
+        self.assertGreaterEqual(kills, 1)
+        with open(path) as file:
+            ran = list(map(int, file))
+        self.assertEqual(len(ran), len(set(ran)))
+        self.assertLessEqual(set(range(20_000)) - set(ran), set(lost))
+
+    @takes_long
+    def test_a_daemon_that_is_stopped_for_long_is_waited_for(self):
+        for url in (at(own_address()), at(own_address(), "tls+tcp")):
+            key = os.urandom(32).hex()
+            with self.subTest(url=url), daemons(url=url, key=key):
+                daemon = self.by_hand(status()["daemons"], key)
+                joined(1)
+                self.assertEqual(mirai.mirai(divmod, 9, 7).result(LONG), (1, 2))
+                os.kill(daemon.pid, signal.SIGSTOP)
+                try:
+                    m = mirai.mirai(len, bytes(20 * MIB))       # more than the kernel takes
+                    began = time.monotonic()
+                    wait_until(lambda: m.done() or time.monotonic() > began + 3 * mirai.LINK_TIME, 4 * mirai.LINK_TIME)
+                    self.assertFalse(m.done())
+                finally:
+                    os.kill(daemon.pid, signal.SIGCONT)
+                self.assertEqual(m.result(LONG), 20 * MIB)
+                faulthandler.dump_traceback_later(4 * LONG, exit=True)
+
+    # -- hosts of their own, in network namespaces
+
+    def _on_head(self, code, folder=HERE):
+        """A host on `head`: it can reach n1 to n3, and they it."""
+        text = "import os, subprocess, sys, time\nNETNS, PYTHON, WORD = sys.argv[1:]\n" + textwrap.dedent(code)
+        env = {**os.environ, "PYTHONPATH": folder, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        process = subprocess.Popen(["bash", netns_script(), "exec", "head", sys.executable, "-c", text, netns_script(), self.PYTHON,
+                                    self.WORD], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   env=env, start_new_session=True, cwd=folder)       # whose mirai.py comes first
+        self.addCleanup(lambda: [process.kill() if process.poll() is None else None, process.communicate()])
+        return process
+
+    ON_NODES = """
+        from mirai import *
+        import mirai as module
+        def on(*nodes):
+            return remote_config("bash", [[NETNS, "exec", node, "."] for node in nodes], python=PYTHON)
+        """
+
+    @needs_service("netns")
+    def test_three_machines_serve_a_host_by_tls_and_by_sealed_frames(self):
+        process = self._on_head(self.ON_NODES + """
+        for tls in (True, False):
+            with daemons(6, url=host_url(tls=tls), remote=on("n1", "n2", "n3")):
+                while info().connections < 6:
+                    time.sleep(0.01)
+                print(mirai_map(range(1000), divmod, 7).results() == [divmod(x, 7) for x in range(1000)],
+                      sorted(set(everywhere("__import__('socket').gethostname()").results())), status()["daemons"].split(":")[:2])
+        """)
+        said, _ = process.communicate(timeout=LONG)
+        nodes = "['n1', 'n2', 'n3']"
+        self.assertEqual(said, f"True {nodes} ['tls+tcp', '//head']\nTrue {nodes} ['tcp', '//head']\n")
+
+    def _hastened(self, seconds):
+        """This library, but with another LINK_TIME: the folder it is in."""
+        folder = self.folder()
+        with open(FILE) as file:
+            text, n = re.subn(r"(?m)^LINK_TIME = \S+", f"LINK_TIME = {seconds}", file.read())
+        self.assertEqual(n, 1)
+        with open(os.path.join(folder, "mirai.py"), "w") as file:
+            file.write(text)
+        return folder
+
+    def _cut(self, folder, seconds, way="cut n1", last=None):
+        """Tasks are resolved in so many seconds, and the daemon has ended after `last` of them."""
+        last = last or seconds
+        process = self._on_head(self.ON_NODES + f"""
+        def there(pid):
+            try:
+                with open(f"/proc/{{pid}}/stat") as file:
+                    return file.read().rpartition(")")[2].split()[0] not in "ZX"
+            except OSError:
+                return False
+        for tls in (True, False):
+          try:
+            with daemons(2, url=host_url(tls=tls), remote=on("n1", "n2")):
+                while info().connections < 2:
+                    time.sleep(0.01)
+                names = dict((pid, node) for pid, node in everywhere("(__import__('os').getpid(), __import__('socket').gethostname())").results())
+                held = [mirai(time.sleep, 1000) for _ in range(2)]
+                while info().executing < 2:
+                    time.sleep(0.01)
+                began = time.monotonic()
+                subprocess.run(["bash", NETNS, *{way.split()!r}], check=True)
+                lost = race_mirai(held)
+                took = time.monotonic() - began
+                codes = sorted(getattr(m.data, "code", 0) for m in held)
+                pid = next(pid for pid, node in names.items() if node == "n1")
+                while there(pid) and time.monotonic() < began + 2 * {last}:
+                    time.sleep(0.02)
+                ended = time.monotonic() - began
+                print(codes, took < {seconds} or took, ended < {last} or ended, flush=True)
+                print([str(m.data) for m in held if m.done()], flush=True)
+          finally:
+            subprocess.run(["bash", NETNS, "heal", "n1"], check=True)
+        """, folder)
+        try:
+            said, _ = process.communicate(timeout=1.9 * LONG)
+        finally:
+            subprocess.run(["bash", netns_script(), "heal", "n1"], check=True, timeout=LONG)
+        lines = said.splitlines()
+        found = [line for line in lines if line.startswith("[")]
+        self.assertEqual(found[::2], ["[0, 19] True True"] * 2, said)      # the other's goes on
+        for line in found[1::2]:
+            self.assertRegex(line, r"daemon \d+ on n1 .*(did not answer|timed out)")
+        for line in lines:
+            if not line.startswith("["):        # a line of the log
+                self.assertRegex(line, r"daemon \d+ on n1.*did not answer")
+
+    @needs_service("netns")
+    def test_a_link_that_is_cut_resolves_its_tasks_and_the_daemon_ends(self):
+        self._cut(self._hastened(6.0), 8.0)
+
+    @needs_service("netns")
+    def test_a_link_that_loses_everything_one_way_resolves_its_tasks(self):
+        # until the host has given up, the daemon hears from it
+        self._cut(self._hastened(6.0), 9.0, "drop n1 out", 18.0)
+
+    @takes_long
+    @needs_service("netns")
+    def test_a_link_that_is_cut_is_noticed_within_half_a_minute(self):
+        faulthandler.dump_traceback_later(4 * LONG, exit=True)
+        self._cut(HERE, 35.0)
+
+    @needs_service("netns")
+    def test_a_slow_and_lossy_network_changes_nothing_but_the_time(self):
+        process = self._on_head(self.ON_NODES + """
+        try:
+            subprocess.run(["bash", NETNS, "delay", "n1", "50"], check=True)
+            subprocess.run(["bash", NETNS, "loss", "n2", "3"], check=True)
+            with daemons(4, url=host_url(tls=True), remote=on("n1", "n2")):
+                while info().connections < 4:
+                    time.sleep(0.01)
+                print(mirai_map(range(1000), divmod, 7).results() == [divmod(x, 7) for x in range(1000)])
+        finally:
+            for node in ("n1", "n2"):
+                subprocess.run(["bash", NETNS, "heal", node], check=True)
+        """)
+        try:
+            said, _ = process.communicate(timeout=LONG)
+        finally:
+            for node in ("n1", "n2"):
+                subprocess.run(["bash", netns_script(), "heal", node], check=True, timeout=LONG)
+        self.assertEqual(said, "True\n")
+
+
+@by_value
+def _note_in(item, path):
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(fd, b"%d\n" % item)
+    os.close(fd)
+    return item
+
+
+# -- strangers
+
+
+def resident(pid):
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def listener_pid(port):
+    """The process that listens on a port of this machine."""
+    inodes = set()
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/net/{name}") as file:
+            for line in list(file)[1:]:
+                words = line.split()
+                if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{words[9]}]")
+    for pid in [os.getpid(), *family_of(os.getpid())][::-1]:
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/{pid}/fd/{fd}") in inodes:
+                        return pid
+    raise AssertionError("nobody listens there")
+
+
+GARBAGE = {
+    "random": lambda: random.Random(1).randbytes(4000),
+    "HTTP": lambda: b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "ssh": lambda: b"SSH-2.0-OpenSSH_9.2\r\n",
+    "zeros": lambda: bytes(4000),
+    "a frame without end": lambda: mirai.HEADER.pack(2**40, mirai.WIRE_VERSION, mirai.Kind.HELLO, 0, 0) + bytes(4000),
+    "a frame that is too large": lambda: mirai.encode(mirai.Kind.HELLO, payload=b"x" * 5000),
+    "a task": lambda: mirai.encode(mirai.Kind.TASK, 1, b"cos\nsystem\n(S'touch /tmp/owned'\ntR."),
+    "no JSON": lambda: mirai.encode(mirai.Kind.HELLO, payload=b"{"),
+    "deep JSON": lambda: mirai.encode(mirai.Kind.HELLO, payload=b"[" * 4000),
+    "no object": lambda: mirai.encode(mirai.Kind.HELLO, payload=b"[1, 2]"),
+    "no role": lambda: mirai.encode(mirai.Kind.HELLO, payload=b"{}"),
+    "an odd role": lambda: mirai.encode(mirai.Kind.HELLO, payload=b'{"role": {"a": [1]}}'),
+    "lone surrogates": lambda: mirai.encode(mirai.Kind.HELLO, payload=b'{"role": "\\ud800\\n\\u001b[31m"}'),
+    "no pid": lambda: mirai.encode(mirai.Kind.HELLO, payload=b'{"role": "daemon", "pid": "1", "host": "x"}'),
+    "a huge number": lambda: mirai.encode(mirai.Kind.HELLO, payload=b'{"role": "daemon", "host": "x", "pid": ' + b"9" * 3900 + b"}") + mirai.encode(mirai.Kind.PROOF),
+    "a proof first": lambda: mirai.encode(mirai.Kind.PROOF, payload=bytes(32)),
+    "an empty proof": lambda: mirai.encode(mirai.Kind.HELLO, payload=b'{"role": "daemon", "pid": 1, "host": "x"}') + mirai.encode(mirai.Kind.PROOF),
+    "a wrong proof": lambda: mirai.encode(mirai.Kind.HELLO, payload=b'{"role": "daemon", "pid": 1, "host": "x"}') + mirai.encode(mirai.Kind.PROOF, payload=bytes(32)),
+    "two hellos": lambda: mirai.encode(mirai.Kind.HELLO, payload=b'{"role": "daemon", "pid": 1, "host": "x"}') * 2,
+}
+
+
+class TestAttacks(NetworkCase):
+    def profile(self, url="tcp://127.0.0.1:0", n=1, **options):
+        """A profile with a daemon at work, its key, where to connect, and what the host's log says."""
+        log = self.enterContext(Warnings()) if hasattr(self, "enterContext") else None
+        if log is None:
+            log = Warnings().__enter__()
+            self.addCleanup(log.__exit__)
+        self.key = os.urandom(32)
+        daemons(n, url=url, key=self.key, **options)
+        address = mirai.parse_url(status(options.get("compute"))["daemons"])
+        self.where = address.host, address.port
+        return log
+
+    def stranger(self, data=b""):
+        sock = socket.create_connection(self.where, timeout=LONG)
+        self.addCleanup(sock.close)
+        if data:
+            with contextlib.suppress(OSError):
+                sock.sendall(data)
+        return sock
+
+    def read_all(self, sock, seconds=15.0):
+        """What it is sent until its connection is ended."""
+        sock.settimeout(seconds)
+        found = b""
+        with contextlib.suppress(ConnectionError):
+            while data := sock.recv(65536):
+                found += data
+        return found
+
+    @contextlib.contextmanager
+    def prompt(self, seconds=5.0):
+        start = time.monotonic()
+        yield
+        self.assertLess(time.monotonic() - start, seconds)
+
+    def port_of(self, sock):
+        return sock.getsockname()[1]
+
+    def test_garbage_is_refused_at_once_and_the_host_hears_who_it_was_and_why(self):
+        for url, dispatcher in (("tcp://127.0.0.1:0", True), (at(own_address()), True), ("tcp://127.0.0.1:0", False)):
+            log = self.profile(url, dispatcher=dispatcher)
+            for name, make in GARBAGE.items():
+                with self.subTest(name, url=url, dispatcher=dispatcher), self.prompt():
+                    sock = self.stranger(make())
+                    who = mirai.format_url(mirai.Address("tcp", *sock.getsockname()[:2]))
+                    self.read_all(sock)
+                    line = log.wait(f"refused {re.escape(who)}: .", 5.0)
+                    self.assertTrue(line.isprintable(), repr(line))
+                    self.assertLess(len(line), 600)
+                    self.check_map(10)
+            self.assertFalse(os.path.exists("/tmp/owned"))
+            self.assertEqual(info().connections, 1)
+            daemons(0)
+
+    @needs_command("openssl")
+    def test_garbage_into_tls_is_refused_as_well(self):
+        log = self.profile("tls+tcp://127.0.0.1:0")
+        for name, make in GARBAGE.items():
+            with self.subTest(name), self.prompt():
+                sock = self.stranger(make())
+                sock.shutdown(socket.SHUT_WR)
+                self.read_all(sock)
+                self.check_map(10)
+        log.wait("TLS: ", 5.0)
+        daemons(0)
+        log = self.profile("tls+tcp://127.0.0.1:0")      # a log says so many lines in a second
+        import ssl
+        context = mirai.dialer_context(None)
+        for name, make in GARBAGE.items():
+            with self.subTest("inside", name=name), self.prompt(), context.wrap_socket(self.stranger(), server_hostname="127.0.0.1") as sock:
+                who = mirai.format_url(mirai.Address("tcp", *sock.getsockname()[:2]))
+                with contextlib.suppress(OSError):
+                    sock.sendall(make())
+                with contextlib.suppress(ssl.SSLError):
+                    self.read_all(sock)
+                log.wait(f"refused {re.escape(who)}: .", 5.0)
+        self.check_map(10)
+
+    def test_a_unix_socket_has_strangers_too(self):
+        log = Warnings().__enter__()
+        self.addCleanup(log.__exit__)
+        with daemons(1):
+            for name, make in GARBAGE.items():
+                with self.subTest(name), self.prompt(), socket.socket(socket.AF_UNIX) as sock:
+                    sock.connect(mirai.parse_url(status()["daemons"]).host)
+                    with contextlib.suppress(OSError):
+                        sock.sendall(make())
+                    self.read_all(sock)
+            log.wait("refused somebody on this machine: .", 5.0)
+            self.check_map(10)
+
+    def test_who_is_slow_or_silent_is_refused_in_time_and_disturbs_nobody(self):
+        secure = self.profile("tls+tcp://127.0.0.1:0", compute="tls") if shutil.which("openssl") else None
+        patient = [self.stranger(), self.stranger(b"\x16\x03\x01\x02\x00\x01")] if secure else []
+        log = self.profile(at(own_address()), 2)
+        began = time.monotonic()
+        silent, slow, half = self.stranger(), self.stranger(), self.stranger(mirai.encode(mirai.Kind.HELLO, payload=json.dumps(
+            {"role": "daemon", "pid": 1, "host": "x"}).encode()))
+        hello = mirai.encode(mirai.Kind.HELLO, payload=b'{"role": "daemon", "pid": 1, "host": "x"}')
+        over, at_ = threading.Event(), 0
+        while time.monotonic() < began + mirai.HANDSHAKE_TIME + 1.5:
+            with contextlib.suppress(OSError):
+                if at_ < len(hello) - 1:
+                    slow.sendall(hello[at_:at_ + 1])
+                    at_ += 1
+            self.check_map(50)
+            over.wait(0.3)
+        for sock in (silent, slow, half):
+            log.wait(rf"refused .*:{self.port_of(sock)}: no handshake in time", 5.0)
+            self.assertIn(b"no handshake in time", self.read_all(sock, 5.0))
+        for sock in patient:
+            log.wait(rf"refused .*:{self.port_of(sock)}: no handshake in time", 5.0)
+            self.read_all(sock, 5.0)
+        self.assertEqual(info().connections, 2)
+
+    def test_a_crowd_of_the_silent_makes_room_for_daemons(self):
+        log = self.profile()
+        crowd = [self.stranger() for _ in range(3 * mirai.STRANGERS)]
+        start = time.monotonic()
+        mirai.dial(status()["daemons"], self.key, "daemon", {}).close()
+        self.assertLess(time.monotonic() - start, 5)
+        log.wait("too many connections that have not said who they are", 5.0)
+        log.wait(r"and \d+ more in that second", 10.0)
+        self.assertLess(len(log.texts()), 200)
+        self.check_map(100)
+        self.assertTrue(crowd)
+
+    def test_a_flood_of_connections_does_not_keep_daemons_out_nor_take_descriptors(self):
+        log = self.profile()
+        pid = listener_pid(self.where[1])
+        over = threading.Event()
+
+        def flood():
+            while not over.is_set():
+                with contextlib.suppress(OSError), socket.create_connection(self.where, 5.0) as sock:
+                    sock.sendall(random.choice(list(GARBAGE.values()))())
+        threads = [threading.Thread(target=flood) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(10):
+                mirai.dial(status()["daemons"], self.key, "daemon", {}).close()
+                self.check_map(100)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(LONG)
+        wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) < 40, mirai.HANDSHAKE_TIME + 5, "the descriptors to be closed")
+        self.assertTrue(log.texts())
+
+    def test_strangers_take_no_memory(self):
+        for url in ("tcp://127.0.0.1:0", "tls+tcp://127.0.0.1:0") if shutil.which("openssl") else ("tcp://127.0.0.1:0",):
+            with self.subTest(url=url):
+                self.profile(url)
+                pid = listener_pid(self.where[1])
+                self.check_map(100)
+                before = resident(pid)
+                chunk = random.Random(2).randbytes(MIB)
+                # frames that begin well, and go on for ever; and such as only begin
+                heads = [mirai.HEADER.pack(4000, mirai.WIRE_VERSION, mirai.Kind.HELLO, 0, 0), mirai.HEADER.pack(2**30, mirai.WIRE_VERSION, mirai.Kind.HELLO, 0, 0),
+                         b"\x16\x03\x01\x40\x00\x01\x00\x3f\xfc\x03\x03", b"\x16\x03\x01\x02\x00\x01\xff\xff\xff\x03\x03", b""]
+                for i in range(200):
+                    sock = self.stranger()
+                    sock.settimeout(2.0)
+                    with contextlib.suppress(OSError):
+                        sock.sendall(heads[i % len(heads)] + (chunk if i % 2 else chunk[:3000]))
+                self.check_map(100)
+                self.assertLess(resident(pid) - before, 40 * MIB)
+                daemons(0)
+
+    def test_a_wrong_key_is_refused_by_either_side(self):
+        log = self.profile()
+        url = status()["daemons"]
+        with self.assertRaisesRegex(mirai.Refused, "the listener does not hold the key that this side holds"):
+            mirai.dial(url, os.urandom(32), "daemon", {})
+        code, said = self.by_hand(url, os.urandom(32).hex()).status(15.0)
+        self.assertEqual(code, 77)
+        self.assertIn("the listener does not hold the key that this side holds", said)
+        # one that does not care whether the listener has it
+        with replaced(mirai.hmac, "compare_digest", lambda a, b: True):
+            connection = socket.create_connection(self.where, timeout=LONG)
+            self.addCleanup(connection.close)
+            shake = mirai.DialerHandshake(os.urandom(32), "daemon", {})
+            connection.sendall(shake.hello())
+            decoder = mirai.Decoder()
+            while (message := decoder.pop()) is None:
+                decoder.feed(connection.recv(65536))
+            connection.sendall(shake.receive(message))
+        self.assertIn(b"wrong key", self.read_all(connection))
+        log.wait(rf"refused tcp://127.0.0.1:{self.port_of(connection)}: wrong key", 5.0)
+        self.assertEqual(info().connections, 1)
+
+    def _recorded(self, host=None):
+        """The dialer's side of a handshake that went well."""
+        with Middle(status()["daemons"], host=host) as middle:
+            mirai.dial(middle.url, self.key, "daemon", {}).close()
+            wait_until(lambda: sum(way == "up" for way, _, _ in middle.seen) >= 2)
+            return [unit for way, _, unit in middle.seen if way == "up"]
+
+    def test_what_was_recorded_is_of_no_use_another_time(self):
+        for url in ("tcp://127.0.0.1:0", at(own_address())):
+            log = self.profile(url)
+            recorded = self._recorded()
+            joined(1)
+            sock = self.stranger(b"".join(recorded))
+            self.assertIn(b"wrong key", self.read_all(sock))
+            log.wait(rf"refused .*:{self.port_of(sock)}: wrong key", 5.0)
+            self.assertEqual(info().connections, 1)
+            daemons(0)
+
+    def test_a_listeners_proof_cannot_be_reflected(self):
+        log = self.profile()
+        sock = self.stranger(mirai.encode(mirai.Kind.HELLO, payload=json.dumps({"role": "daemon", "pid": 1, "host": "x"}).encode()))
+        decoder = mirai.Decoder()
+        while (message := decoder.pop()) is None:
+            decoder.feed(sock.recv(65536))
+        sock.sendall(mirai.encode(mirai.Kind.PROOF, payload=message.payload[:32]))
+        self.assertIn(b"wrong key", self.read_all(sock))
+        log.wait("wrong key", 5.0)
+
+    def test_a_dialers_hello_cannot_be_used_to_pose_as_the_listener(self):
+        """Whoever is dialed and has no key may ask the real listener, but not the other way about: a dialer's proof is no
+        listener's, and what a host says is not what a daemon says."""
+        shell = self.shell(url="tcp://127.0.0.1:0")
+
+        def alter(direction, number, unit):
+            if direction == "up" and number == -2:
+                return [unit.replace(b'"role": "daemon"', b'"role": "host"  ')]
+            return [unit]
+        with Middle(shell.url, alter) as middle, self.assertRaisesRegex(mirai.Refused, "does not hold the key"):
+            mirai.dial(middle.url, shell.key, "daemon", {})
+
+    def test_a_second_host_is_refused(self):
+        log = self.profile()
+        with self.assertRaisesRegex(mirai.Refused, "this dispatcher has a host"):
+            mirai.dial(status()["daemons"], self.key, "host", {})
+        log.wait("refused tcp://127.0.0.1:.*: this dispatcher has a host", 5.0)
+
+    def test_a_listener_that_is_none_is_refused_by_a_daemon_in_time_and_without_harm(self):
+        """Somebody else listens where a daemon dials: it sends garbage, is silent, or closes at once."""
+        for name, data, wait in (("closes", b"", False), ("silent", b"", True), ("garbage", random.Random(3).randbytes(8000), True),
+                                 ("HTTP", b"HTTP/1.1 400 Bad Request\r\n\r\n", True),
+                                 ("a task", mirai.encode(mirai.Kind.TASK, 1, b"cos\nsystem\n(S'touch /tmp/owned'\ntR."), True),
+                                 ("a welcome", mirai.encode(mirai.Kind.WELCOME), True),
+                                 ("a challenge", mirai.encode(mirai.Kind.CHALLENGE, payload=bytes(32) + b"{}"), True),
+                                 ("a short one", mirai.encode(mirai.Kind.CHALLENGE), True),
+                                 ("a refusal", mirai.encode_json(mirai.Kind.REFUSED, {"why": "not today"}), True),
+                                 ("an odd refusal", mirai.encode(mirai.Kind.REFUSED, payload=b"\xff"), True),
+                                 ("too much", mirai.HEADER.pack(2**40, mirai.WIRE_VERSION, mirai.Kind.CHALLENGE, 0, 0), True)):
+            for scheme in ("tcp", "tls+tcp"):
+                with self.subTest(name, scheme=scheme), socket.create_server(("127.0.0.1", 0)) as listener:
+                    over = threading.Event()
+
+                    def serve(listener=listener, data=data, wait=wait, over=over):
+                        with contextlib.suppress(OSError):
+                            sock, _ = listener.accept()
+                            with sock:
+                                sock.sendall(data)
+                                if wait:
+                                    over.wait(LONG)
+                    thread = threading.Thread(target=serve)
+                    thread.start()
+                    start = time.monotonic()
+                    try:
+                        with self.assertRaises((OSError, mirai.ProtocolError)) as caught:
+                            mirai.dial(at("127.0.0.1", scheme, listener.getsockname()[1]), os.urandom(32), "daemon", {}, 1.0)
+                        self.assertTrue(str(caught.exception))
+                        self.assertLess(time.monotonic() - start, 3.0)
+                    finally:
+                        over.set()
+                        thread.join(LONG)
+        self.assertFalse(os.path.exists("/tmp/owned"))
+
+    def test_a_daemon_by_hand_ends_cleanly_whoever_listens_there(self):
+        for name, make in (("random", GARBAGE["random"]), ("HTTP", lambda: b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+                           ("no JSON", lambda: mirai.encode(mirai.Kind.REFUSED, payload=b"\xff")),
+                           ("a short challenge", lambda: mirai.encode(mirai.Kind.CHALLENGE))):
+            with self.subTest(name), socket.create_server(("127.0.0.1", 0)) as listener:
+                daemon = self.by_hand(at("127.0.0.1", port=listener.getsockname()[1]), os.urandom(32).hex())
+                sock, _ = listener.accept()
+                with sock:
+                    sock.sendall(make())
+                    code, said = daemon.status(15.0)
+                self.assertIn(code, (69, 77), said)
+                self.assertNotIn("Traceback", said)
+                self.assertTrue(said)
 
 
 # -- helpers of part III
