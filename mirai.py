@@ -157,6 +157,9 @@ LINK_TIME = 30.0            # seconds without an answer of its kernel after whic
 LISTEN_BACKLOG = 1024       # connections that the kernel holds while a dispatcher is busy
 STRANGER_TIME = 0.5         # seconds that an unproven connection has for itself before it may have to make room
 PENDING_TIME = 60.0         # seconds that tasks wait for a first daemon before the host hears of it
+BRIEF_LIFE, BRIEF_PAUSE = 1.0, 5.0      # seconds: who dies younger, with nothing to do, is replaced so slowly at most
+OUTPUT_MOST = 1 << 23       # bytes of tasks' output that a host has not yet taken: then daemons that print wait
+UNDO_TIME = 30.0            # seconds for a command that cancels a job
 FETCH_TIME = 60.0           # seconds for what a daemon asks of its host
 FORWARDED_BYTES = 1 << 28   # of a project's package, with its data, that goes to daemons elsewhere
 EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_NOPERM = 64, 69, 70, 77      # of sysexits.h
@@ -533,7 +536,7 @@ def check_results(message: Message) -> tuple[int, int, int, float]:
     with contextlib.suppress(struct.error):
         head = RESULTS_HEAD.unpack_from(payload)
         lengths = struct.unpack_from(f"<{head[2]}I", payload, RESULTS_HEAD.size)
-        if RESULTS_HEAD.size + 4 * head[2] + sum(lengths) == len(payload) and head[2]:
+        if RESULTS_HEAD.size + 4 * head[2] + sum(lengths) == len(payload) and head[2] and 0 <= head[3] < math.inf:
             return head
     raise ProtocolError(f"{message!r} does not hold what it says")
 
@@ -2757,6 +2760,8 @@ class DispatcherCore:
         new = unit.complete(lo, hi)
         if unit.call is None:
             self.queued -= new - held
+            if len(self.queue) > 64 + 2 * self.queued:      # mostly of what was cancelled
+                self.queue = deque(piece for piece in self.queue if piece.unit.count(piece.lo, piece.hi))
         elif not unit.left:
             self.queued -= unit.call.open
             unit.call.open = 0
@@ -3675,6 +3680,11 @@ class Connection:
     def pending(self) -> bool:
         return bool(self._batch or self._outgoing)
 
+    @property
+    def unsent(self) -> int:
+        """Bytes of whole frames that were not sent."""
+        return sum([len(item[0]) for item in self._outgoing])
+
     def close(self) -> None:
         self.sock.close()
 
@@ -4307,6 +4317,7 @@ class Dispatcher:
         self.serials: dict[int, int] = {}           # slot -> which of its launches counts
         self.joined: dict[int, _Peer] = {}          # slot -> its daemon, until the nursery tells of its end
         self.to_fork: list[tuple[int, int]] = []
+        self.brief: dict[int, int] = {}             # slot -> how many of its daemons in a row died young, doing nothing
         self.launchers: dict[int, _Launcher] = {}
         self.wants: dict[int, tuple[int, int]] = {}     # requests to the host -> the daemon's number, its own number
         self.notices, self.untold = 0, 0            # said in this second, and not said
@@ -4340,7 +4351,7 @@ class Dispatcher:
             self.nursery.send(encode_json(Kind.LISTENING, {"url": url, "files": files}))
             self.nursery.sock.setblocking(False)
             self._listen()
-            self.selector.register(self.nursery, selectors.EVENT_READ, self._from_nursery)
+            self._hear_nursery()
             if not is_local(self.address):
                 self._at(LINK_TIME / 6, self._check_links)
             while self.running:
@@ -4613,6 +4624,9 @@ class Dispatcher:
     def _lose(self, peer: _Peer, how: str, words: str = "") -> None:
         if peer.launch:
             del self.joined[peer.launch[0]]
+            record = self.core.daemons[peer.number]
+            young = record.why is DIED and not record.pieces and time.monotonic() - peer.since < BRIEF_LIFE
+            self.brief[peer.launch[0]] = self.brief.get(peer.launch[0], 0) + 1 if young else 0
         if peer.slot is not None:
             self._recover(peer, peer.slot)
         self.why = self.last_words = describe_loss(peer.name, how, words)
@@ -4674,8 +4688,9 @@ class Dispatcher:
             wish = decode_json(message)
             first = len(self.specs)
             slots = range(first, min(first + wish["n"], SLOTS))
-            self.specs.update(dict.fromkeys(slots or self.specs, wish["spec"]))     # n = 0: for those there are
-            for daemon in list(self.core.idle) if not slots else ():                # and those that idle are outdated
+            again = not wish["n"]               # for those there are, of which those that idle are outdated
+            self.specs.update(dict.fromkeys(self.specs if again else slots, wish["spec"]))
+            for daemon in list(self.core.idle) if again else ():
                 self._at_end(self.peers[daemon])
             self._do(self.core.launch(slots))
         elif kind == Kind.COMMAND:
@@ -4753,7 +4768,9 @@ class Dispatcher:
             raise ProtocolError(f"{message!r} from a daemon")
 
     def _answered(self, peer: _Peer, message: Message) -> None:
-        record = self.core.daemons[peer.number]
+        record, frame = self.core.daemons[peer.number], self.frames.get(message.id)
+        if frame is not None and (frame[KIND_AT] == Kind.UNIT) is not (message.kind == Kind.RESULTS):
+            raise ProtocolError(f"{message!r} is no answer to what was asked")
         lo, n, seconds = record.pieces[0].lo if record.pieces else 0, 1, 0.0
         if message.kind == Kind.RESULTS:
             position, lo, n, seconds = check_results(message)
@@ -4768,7 +4785,17 @@ class Dispatcher:
         self.outcome = message
         self._do(self.core.reported(peer.number, message.id, lo, n, seconds, message.flags == FAILED))
 
+    def _host_is_full(self) -> bool:
+        return self.host is not None and self.host.connection.unsent > OUTPUT_MOST
+
+    def _hear_nursery(self) -> None:
+        self.selector.register(self.nursery, selectors.EVENT_READ, self._from_nursery)
+
     def _from_nursery(self) -> None:
+        if self._host_is_full():
+            self.selector.unregister(self.nursery)
+            self._at(0.05, self._hear_nursery)
+            return
         self._read_nursery()
         self._take_reports()
         if self.nursery.ended:
@@ -4783,8 +4810,8 @@ class Dispatcher:
             self._daemon_ended(report) if message.kind == Kind.ENDED else self._launcher_ended(message.id, report)
 
     def _read_nursery(self) -> None:
-        """What it has to say can wait; what tasks wrote is passed on at once."""
-        while self.nursery.receive():
+        """What it has to say can wait; what tasks wrote is passed on at once, unless the host takes no more."""
+        while not self._host_is_full() and self.nursery.receive():
             pass
         for message in self.nursery.decoder:
             if message.kind != Kind.OUTPUT:
@@ -4878,7 +4905,8 @@ class Dispatcher:
             if hash not in peer.known and hash in self.definitions:
                 peer.known.add(hash)
                 self._post(peer, self.definitions[hash])
-        peer.known.add(needs)
+        if peer.known.issuperset(split_hashes(needs)):
+            peer.known.add(needs)
 
     def _interrupt(self, effect: Any, delay: float = INTERRUPT_AGAIN) -> None:
         """Again and again, ever more rarely, until the daemon has given them back. What it runs is interrupted, what it
@@ -4996,7 +5024,11 @@ class Dispatcher:
         slot = Slot(self.page, effect.slot)
         slot.clear()
         slot.release()
-        self.to_fork.append((effect.slot, serial))
+        brief = self.brief.get(effect.slot, 0)
+        if brief > 1 and not self.core.elastic:     # ever more slowly: else it would go round all the time
+            self._at(min(REDIAL_FIRST * 2 ** brief, BRIEF_PAUSE), lambda: self.to_fork.append((effect.slot, serial)))
+        else:
+            self.to_fork.append((effect.slot, serial))
 
     def _fork(self) -> None:
         """Asks the nursery for all daemons that this round of events called for, by what they start with."""
@@ -5189,6 +5221,12 @@ def _quit(code: Any = 0) -> NoReturn:
     os._exit(code if isinstance(code, int) else 1)
 
 
+# Python's own, which its library tries to import where they are not; until 3.9 it has no list of them.
+_NO_PROJECTS = getattr(sys, "stdlib_module_names", None) or frozenset((
+    "_posixshmem", "_scproxy", "_winapi", "_winreg", "java", "msvcrt", "nt", "org", "readline", "vms_lib", "winreg",
+    "winsound", *sys.builtin_module_names))
+
+
 class HostFinder:
     """On a daemon, the last finder of modules: those that the host alone has are fetched from there, once, as a zip."""
 
@@ -5198,7 +5236,7 @@ class HostFinder:
         self.lock = threading.RLock()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if "." in name or not SUPPLY or name in getattr(sys, "stdlib_module_names", ()):
+        if "." in name or not SUPPLY or name in _NO_PROJECTS:
             return None
         with self.lock:
             if name not in self.paths:
@@ -5658,6 +5696,10 @@ class _Daemon:
             self.inbox.connection.sock.shutdown(socket.SHUT_WR)
             if isinstance(self.inbox, _PageInbox):
                 wait_ready(self.inbox.connection.fileno(), GRACE)
+                return why
+        with contextlib.suppress(TimeoutError):     # by TCP, what is left unread here would undo what was sent last
+            while self.inbox.get(CLOSE_TIME) is not None:
+                pass
         return why
 
     # -- signals
@@ -5685,7 +5727,8 @@ class _Report:
 
     def __init__(self, unit: int, lo: int, position: int) -> None:
         self.unit, self.lo, self.position = unit, lo, position
-        self.outcomes: list[bytes] = []
+        self.outcomes: list[bytes] = []     # appended to by the thread of the tasks, taken by whichever sends
+        self.lock = threading.Lock()
         self.since = time.monotonic()
         self.each = CHUNK_TIME          # seconds an item, as far as is known
 
@@ -5699,13 +5742,15 @@ class _Report:
         return int(CHUNK_TIME / max(self.each, 1e-9))
 
     def frames(self) -> list[bytes]:
-        outcomes, now = self.outcomes, time.monotonic()
-        if not outcomes:
-            return []
-        self.each = (now - self.since) / len(outcomes)
-        head = RESULTS_HEAD.pack(self.position, self.lo, len(outcomes), now - self.since)
-        self.lo, self.position = self.lo + len(outcomes), self.position + len(outcomes)
-        self.outcomes, self.since = [], now
+        with self.lock:
+            n, now = len(self.outcomes), time.monotonic()
+            if not n:
+                return []
+            outcomes = self.outcomes[:n]
+            del self.outcomes[:n]
+            self.each = (now - self.since) / n
+            head = RESULTS_HEAD.pack(self.position, self.lo, n, now - self.since)
+            self.lo, self.position, self.since = self.lo + n, self.position + n, now
         return [encode_parts(Kind.RESULTS, [head, *join_apart(outcomes)], self.unit)]
 
 
@@ -5732,6 +5777,7 @@ _NURSERY_COMMAND = (
     "spec.loader.exec_module(module); sys.exit(module.nursery_main(int(sys.argv[3])))")
 
 
+UNDO = "undo"           # what a command is that ends what another has launched
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
@@ -5769,6 +5815,7 @@ class Nursery:
         self.to_fork: deque[tuple[_Child, tuple[int, int], Mapping[str, Any]]] = deque()
         self.to_run: deque[tuple[_Child, int, Mapping[str, Any]]] = deque()     # commands, for a dispatcher
         self.to_kill: list[tuple[float, int]] = []          # when, process id
+        self.paused: list[tuple[_Child, int]] = []          # whose output is not read until a dispatcher takes more
         self.unsent: set[Connection] = set()                # to peers that are stopped, say: nobody is waited for
         self.wake, wakeup = socket.socketpair()
         for sock in (self.wake, wakeup):
@@ -5841,7 +5888,7 @@ class Nursery:
 
     def _end(self) -> None:
         for child in self.children.values():
-            if not child.spared:
+            if not child.spared and child.wish.get("what") != UNDO:
                 _kill_group(child.pid)
         for dispatcher in list(self.dispatchers.values()):
             self._remove_files(dispatcher)
@@ -5875,7 +5922,7 @@ class Nursery:
                 dispatcher = self.dispatchers[message.id]
                 if dispatcher.direct:
                     self._dispatcher_ended(dispatcher, 0)
-                else:
+                elif dispatcher.status is None:
                     _kill_group(dispatcher.pid)
         if self.control.ended:
             self.ending = True
@@ -5887,7 +5934,8 @@ class Nursery:
         return data
 
     def _from_dispatcher(self, child: _Child) -> None:
-        assert child.control is not None
+        if child.control is None:       # hung up a moment ago
+            return
         child.control.receive()
         while (message := child.control.decoder.pop()) is not None:
             content = decode_json(message)
@@ -5930,8 +5978,13 @@ class Nursery:
             raise OSError(errno.EMFILE, "its descriptor did not arrive: too many are open")
         control, theirs = socket.socketpair()
         page = new_page()
-        child = self._fork("dispatcher", job, (theirs.fileno(), host),
-                           lambda: _dispatch(spec, Connection(theirs), page, socket.socket(fileno=host)))
+        try:
+            child = self._fork("dispatcher", job, (theirs.fileno(), host),
+                               lambda: _dispatch(spec, Connection(theirs), page, socket.socket(fileno=host)))
+        except OSError:
+            for fd in (control.detach(), theirs.detach(), host):
+                os.close(fd)
+            raise
         if child is None:
             control.detach()
             return
@@ -5942,6 +5995,8 @@ class Nursery:
     def _meet_dispatcher(self, job: int, spec: Mapping[str, Any]) -> None:
         """One in the host: its end of a control pipe, and the page, came with the message."""
         if len(self.received) < 2:
+            while self.received:
+                os.close(self.received.pop())
             raise OSError(errno.EMFILE, "its descriptors did not arrive: too many are open")
         control, file = self.received[:2]
         del self.received[:2]
@@ -5975,11 +6030,11 @@ class Nursery:
         """One that launches daemons elsewhere, or undoes that. Its input is a file: it may be larger than a pipe."""
         file = _unnamed_file()
         try:
-            with open(os.dup(file), "w") as writer:
+            with open(os.dup(file), "w", encoding="utf-8", errors="surrogateescape") as writer:
                 writer.write(wish.get("input", ""))
             os.lseek(file, 0, os.SEEK_SET)
             child = self._fork("command", dispatcher.job, (file,), functools.partial(_execute, wish, file), True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._command_ended(dispatcher, id, wish, 1, f"it could not be started: {error}")
             return
         finally:
@@ -5988,7 +6043,7 @@ class Nursery:
         if child is not None:
             child.launch, child.wish = (id, 0), wish
             if dispatcher.status is not None:
-                self.to_kill.append((time.monotonic() + CLOSE_TIME, child.pid))
+                self.to_kill.append((time.monotonic() + UNDO_TIME, child.pid))
 
     def _command_ended(self, dispatcher: _Child, id: int, wish: Mapping[str, Any], status: int, words: str,
                        said: str = "") -> None:
@@ -6005,7 +6060,7 @@ class Nursery:
     def _undo(self, dispatcher: _Child) -> None:
         """Ends what was launched elsewhere and might not notice by itself that it is no longer needed."""
         while dispatcher.undo:
-            self.to_run.append((dispatcher, 0, {"argv": dispatcher.undo.pop(), "env": {**os.environ}, "what": "undo"}))
+            self.to_run.append((dispatcher, 0, {"argv": dispatcher.undo.pop(), "env": {**os.environ}, "what": UNDO}))
 
     def _fork(self, role: str, job: int, keep: Collection[int], run: Callable[[], int],
               output: bool = False) -> _Child | None:
@@ -6026,7 +6081,7 @@ class Nursery:
         for stream, (ours, theirs) in zip((2, 1), pipes):
             os.close(theirs)
             os.set_blocking(ours, False)
-            self.selector.register(ours, selectors.EVENT_READ, functools.partial(self._read_output, child, stream))
+            self._hear(child, stream)
         return child
 
     def _enter_child(self, keep: Collection[int], pipes: list[int]) -> None:
@@ -6049,10 +6104,15 @@ class Nursery:
 
     # -- ending
 
-    def _read_output(self, child: _Child, stream: int) -> bool:
+    def _read_output(self, child: _Child, stream: int, last: bool = False) -> bool:
         """Of what a child wrote on stderr the tail is kept; a daemon's output is passed on, where that is wanted. False
         where there was nothing."""
         fd = child.words if stream == 2 else child.out
+        dispatcher = self.dispatchers.get(child.job)
+        if child.slot is not None and dispatcher is not None and dispatcher.control in self.unsent and not last:
+            self.selector.unregister(fd)        # it takes no more for now, and what wrote this is to wait
+            self.paused.append((child, stream))
+            return False
         if child.slot is not None:
             child.slot.passing_output(True)     # before it is read
         try:
@@ -6063,7 +6123,6 @@ class Nursery:
             child.tail = (child.tail + data)[-LAST_WORDS:]
         elif data and child.role == "command":
             child.said = (child.said + data)[-LAST_WORDS:]
-        dispatcher = self.dispatchers.get(child.job)
         if data is not None and child.slot is not None and dispatcher is not None and dispatcher.control is not None:
             text = child.text[stream].decode(data, not data)
             self._tell(dispatcher.control, encode(Kind.OUTPUT, 0, text.encode(), stream))
@@ -6078,11 +6137,22 @@ class Nursery:
             dispatcher = self.dispatchers.get(child.job)        # one that is spared may have outlived it
             if child.slot is not None and dispatcher is not None and dispatcher.control is control:
                 child.slot.passing_output(False)
+        paused, self.paused = self.paused, []
+        for child, stream in paused:
+            self._hear(child, stream)
+
+    def _hear(self, child: _Child, stream: int) -> None:
+        fd = child.words if stream == 2 else child.out
+        if fd >= 0:
+            self.selector.register(fd, selectors.EVENT_READ, functools.partial(self._read_output, child, stream))
 
     def _close_output(self, child: _Child, stream: int) -> None:
         fd = child.words if stream == 2 else child.out
         if fd >= 0:
-            self.selector.unregister(fd)
+            if (child, stream) in self.paused:
+                self.paused.remove((child, stream))
+            else:
+                self.selector.unregister(fd)
             os.close(fd)
         if stream == 2:
             child.words = -1
@@ -6110,7 +6180,10 @@ class Nursery:
 
     def _ended(self, child: _Child, status: int) -> None:
         for stream in (1, 2):
-            while (child.words if stream == 2 else child.out) >= 0 and self._read_output(child, stream):
+            if (child, stream) in self.paused:      # its last words are to be read, whoever waits for them
+                self.paused.remove((child, stream))
+                self._hear(child, stream)
+            while (child.words if stream == 2 else child.out) >= 0 and self._read_output(child, stream, True):
                 pass
         for stream in (1, 2):
             self._close_output(child, stream)       # a child of its own may hold the pipe open
@@ -6192,6 +6265,10 @@ def _execute(wish: Mapping[str, Any], file: int) -> int:
     """In a child of the nursery: becomes another program, as the user would start it."""
     os.dup2(file, 0)
     os.close(file)
+    if wish["what"] == UNDO:        # the nursery may end before it, and nobody reads what it says
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
     for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(signum, signal.SIG_DFL)
     with contextlib.suppress(OSError, KeyError):
@@ -7767,7 +7844,7 @@ class _Profile(_Settings):
                  tls: Sequence[str | None] | None = None) -> None:
         super().__init__(seed, serial)
         self.name, self.direct, self.key, self.certificate = name, direct, key.hex(), tls and tls[0]
-        self.n = 0
+        self.n = self.local = 0         # daemons that were launched, here
         self.nursery = _get_nursery()
         self.dispatcher: Dispatcher | None = None
         spec = {"url": url or local_url(), "key": key.hex(), "elastic": elastic, "direct": direct,
@@ -7793,6 +7870,9 @@ class _Profile(_Settings):
     def launch(self, n: int, options: Mapping[str, Any]) -> None:
         """Adds n local daemons; returns when they are ready. LaunchError with their last words where they won't be."""
         link = self.link
+        if self.local + n > SLOTS:
+            raise ValueError(f"{n} local daemons more than {self.local}: a profile has {SLOTS} at most")
+        self.local += n
         wanted = link.counts[1] + n     # those that ever joined: some may have left again
         link.launch(n, _daemon_spec(n, options, self.streams))
         self.n += n
