@@ -11720,7 +11720,7 @@ class MachinesCase(Case):
         super().setUpClass()
         cls.WORD = f"mirai_{os.urandom(6).hex()}"
         cls.PYTHON = f"python3 -X {cls.WORD}"
-        os.environ.setdefault("MIRAI_SERVICES", os.path.join(tempfile.gettempdir(), "mirai-services"))     # they are outside
+        os.environ.setdefault("MIRAI_SERVICES", os.path.join(tempfile.gettempdir(), "mirai-services-ci"))     # outside of what follows
         cls._outer = tempfile.tempdir, os.environ.get("TMPDIR")
         tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="mirai-test-")      # of all that is begun here
 
