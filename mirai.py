@@ -896,7 +896,7 @@ class Pickler(pickle.Pickler):
             return next((name for name, value in vars(sys.modules[module]).items() if value is obj), NotImplemented)
         if issubclass(kind, enum.Enum):
             return _reduce_member(obj)
-        if obj is sys.stdout or obj is sys.stderr:
+        if obj is not None and (obj is sys.stdout or obj is sys.stderr):        # with pythonw, both are None
             return _reduce_file(self, obj)
         return NotImplemented
 
@@ -1250,8 +1250,11 @@ def restore_namespaces(kept: Mapping[str, Mapping[str, Any]]) -> None:
     """Whatever tasks have assigned is as it was when `copy_namespaces()` gave `kept`."""
     _written.clear()
     for module, space in _namespaces.items():
-        space.clear()
-        space.update(kept.get(module) or {"__name__": module, "__builtins__": builtins})
+        old = kept.get(module) or {"__name__": module, "__builtins__": builtins}
+        space.update(old)
+        if len(space) > len(old):
+            for name in space.keys() - old.keys():
+                del space[name]     # on PyPy, functions lose sight of a namespace that is cleared
 
 
 def forget_globals(before: Mapping[str, set[str]]) -> None:
@@ -3341,7 +3344,7 @@ def _interface_addresses() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     with contextlib.suppress(OSError, ImportError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         import fcntl
-        for _, name in socket.if_nameindex() if sys.platform == "linux" else ():
+        for _, name in getattr(socket, "if_nameindex", list)() if sys.platform == "linux" else ():      # not on PyPy 7.3.11
             with contextlib.suppress(OSError):      # it has none
                 entry = fcntl.ioctl(sock.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))     # SIOCGIFADDR
                 found.append((name, socket.inet_ntoa(entry[20:24])))

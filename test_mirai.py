@@ -10326,9 +10326,11 @@ def computes(pid):
 
 
 def _crunch(enter=None):
-    """C code that no interrupt reaches, and that holds the GIL."""
+    """C code that no interrupt reaches, and that holds the GIL; PyPy, which would compile it, is told to hear none."""
     if enter is not None:
         enter("crunching")
+    if PYPY:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return sum(range(10**12))
 
 
@@ -10820,7 +10822,7 @@ class TestOptions(Case):
 
     def test_kill_after_of_a_map_costs_no_other_item(self):
         with daemons(2, kill_after=0.3):
-            mp = mirai_map(range(40), lambda i: sum(range(10**12)) if i == 20 else i)
+            mp = mirai_map(range(40), lambda i: _crunch() if i == 20 else i)
             wait_until(lambda: unresolved(mp) == 1, 5, "all but one")
             self.assertTrue(mp[20].cancel())
             values = outcomes(mp)
@@ -13353,7 +13355,7 @@ class TestNetwork(NetworkCase):
                 while there(pid) and time.monotonic() < began + 2 * {last}:
                     time.sleep(0.02)
                 ended = time.monotonic() - began
-                print(codes, took < {seconds} or took, ended < {last} or ended, flush=True)
+                print(f"{{codes}} {{took < {seconds} or took}} {{ended < {last} or ended}}", flush=True)
                 print([str(m.data) for m in held if m.done()], flush=True)
           finally:
             subprocess.run(["bash", NETNS, "heal", "n1"], check=True)
@@ -15249,7 +15251,7 @@ class TestModes(Case):
                     m.result(LONG)
                 self.assertEqual((caught.exception.one, caught.exception.__cause__), (1, m.data))
                 self.assertIn("_fail_demandingly", m.data.stack_trace)
-                with self.assertRaisesRegex(TypeError, r"args\[1\]\.lock: cannot pickle"):
+                with self.assertRaisesRegex(TypeError, r"args\[1\]\.lock: (cannot|Can't) pickle"):
                     mirai.mirai(print, 1, types.SimpleNamespace(lock=threading.Lock()))
                 with self.assertRaises(SyntaxError):
                     mirai.mirai("1 +")
@@ -17797,7 +17799,7 @@ class TestMaps(Case):
             mp = mirai_map(endless(), operator.neg)
             self.assertEqual([m.result(10) for m in itertools.islice(mp, 3)], [0, -1, -2])
             del mp
-            wait_until(lambda: gc.collect() is not None and closed, 10, "the generator's end")
+            wait_until(lambda: (gc.collect(), closed)[1], 10, "the generator's end")
             self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
 
     MEMORY = """
