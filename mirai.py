@@ -134,7 +134,7 @@ READ_LARGE = 1 << 20        # what a large frame is read in: fewer system calls,
 STRANGER_LIMIT = 4096       # bytes in a frame before the peer has proven itself: a hello needs a few hundred
 NOTICES = 20                # lines in a second for the host's log; what more there are is counted
 STRANGERS = 256             # unproven connections at once; for one more the oldest goes: they cost a descriptor each
-HANDSHAKE_TIME = 10.0       # a loaded machine needs a second or two; more only helps those who hold connections open
+HANDSHAKE_TIME = 10.0       # for each step; a loaded machine needs a second or two; more only helps who stays silent
 DIAL_TIME = 10.0
 INTERRUPT_AGAIN = 0.05      # a signal that comes between two instructions right before a system call does not end it
 GRACE = 0.2                 # what a daemon whose connection ended may still take before it is killed; R's figure
@@ -283,6 +283,10 @@ class ProtocolError(Exception):
 
 class Refused(ProtocolError):
     """A connection was refused, by us or by the peer; the text says why."""
+
+
+class Crowded(Refused):
+    """The listener has too much to do to listen: it may be asked again."""
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -3344,7 +3348,8 @@ def _interface_addresses() -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     with contextlib.suppress(OSError, ImportError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         import fcntl
-        for _, name in getattr(socket, "if_nameindex", list)() if sys.platform == "linux" else ():      # not on PyPy 7.3.11
+        interfaces = getattr(socket, "if_nameindex", list) if sys.platform == "linux" else list     # not on PyPy 7.3.11
+        for _, name in interfaces():
             with contextlib.suppress(OSError):      # it has none
                 entry = fcntl.ioctl(sock.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))     # SIOCGIFADDR
                 found.append((name, socket.inet_ntoa(entry[20:24])))
@@ -3579,7 +3584,8 @@ class Connection:
         self.fault = ""                             # why, where it has not just closed it
         self.terms: Mapping[str, Any] = {}          # what the listener has said of itself
         self._batch: list[bytes] = []
-        self._outgoing: deque[list[Any]] = deque()  # [bytes, sent, sent, …]
+        self._outgoing: deque[list[Any]] = deque()  # [bytes, sent until now, …]
+        self._view = memoryview(b"")                # of what is to be sent next
         if sock.family != getattr(socket, "AF_UNIX", None):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -3625,7 +3631,7 @@ class Connection:
             if data:
                 self.decoder.chunks.extend(channel.unwrap(data))
             if channel.answer:
-                self._outgoing.append([channel.take_answer()])
+                self._outgoing.append([channel.take_answer(), 0])
                 self.flush()
         except (BlockingIOError, InterruptedError):
             return False
@@ -3650,13 +3656,13 @@ class Connection:
 
     def _enqueue(self, data: bytes) -> None:
         if self.channel is None:
-            self._outgoing.append([data])
+            self._outgoing.append([data, 0])
         else:
-            self._outgoing.extend([piece] for piece in self.channel.wrap(data))
+            self._outgoing.extend([piece, 0] for piece in self.channel.wrap(data))
 
     def leave(self, frame: bytes) -> None:
         """Adds a frame to what `flush()` sends, in any thread, whoever is sending."""
-        self._outgoing.append([frame])
+        self._outgoing.append([frame, 0])
 
     def flush(self) -> bool:
         """False where the socket takes no more for now. OSError where the connection is broken."""
@@ -3665,18 +3671,20 @@ class Connection:
             self._batch.clear()
         while self._outgoing:
             item = self._outgoing[0]
-            frame, sent = item[0], sum(item[1:]) if len(item) > 1 else 0
+            frame, sent = item[0], item[-1]
             if sent < len(frame):
-                whole = not sent and len(frame) <= READ_LARGE       # else in pieces: PyPy copies what it is given
-                try:
-                    item.extend(map(self._send, (frame if whole else memoryview(frame)[sent:sent + READ_LARGE],)))
-                except (BlockingIOError, InterruptedError):
-                    return False
-                if len(item) > 64:
-                    item[1:] = [sum(item[1:])]
-                sent = sum(item[1:])
-            if sent >= len(frame) and self._outgoing and self._outgoing[0] is item:     # not sent by a nested call
-                self._outgoing.popleft()
+                self._view.release()                # for a signal handler has come here: whom it interrupted looks again
+                view = self._view = memoryview(frame)[sent:sent + READ_LARGE]      # in pieces: PyPy copies what it is given
+                if item[-1] == sent:
+                    try:
+                        item.extend(itertools.accumulate(map(self._send, (view,)), initial=sent))
+                    except (BlockingIOError, InterruptedError):
+                        return False
+                    except ValueError:              # it was released
+                        continue
+            else:
+                with contextlib.suppress(ValueError):       # a nested call was first
+                    self._outgoing.remove(item)
         return True
 
     @property
@@ -3946,7 +3954,8 @@ class DialerHandshake(_Transcript):
 
     def receive(self, message: Message) -> bytes:
         if message.kind == Kind.REFUSED:
-            raise Refused(f"refused by the listener: {decode_json(message).get('why')}")
+            said = decode_json(message)
+            raise (Crowded if said.get("again") else Refused)(f"refused by the listener: {said.get('why')}")
         if message.kind == Kind.CHALLENGE and not self._proven:
             proof, self.challenge = message.payload[:32], message.payload[32:]
             if not hmac.compare_digest(proof, self.proof("listener")):
@@ -3998,15 +4007,28 @@ def dial(urls: str | Sequence[str], key: bytes, role: str, about: Mapping[str, A
     """An authenticated connection, its socket blocking. Of several addresses, which all lead to one listener, to the
     first at which it proves itself; the others are tried meanwhile.
 
-    OSError: not reachable; Refused: one side refused. Of several the text has every address with its reason.
+    OSError: not reachable; Refused: one side refused. Of several the text has every address with its reason. A crowded
+    listener is asked again, three times as long.
     """
     addresses = [parse_url(urls)] if isinstance(urls, str) else [parse_url(url) for url in urls]
-    deadline = time.monotonic() + timeout
-    errors: list[tuple[Address, Exception]] = []
-    for address, sock in _connected(addresses, deadline, errors):
-        due = deadline if len(addresses) == 1 else min(deadline, time.monotonic() + timeout / (1 + len(addresses)))
+    last = time.monotonic() + 3 * timeout
+    while True:
         try:
-            return _shake_hands(address, sock, key, role, about, due, tlscert)
+            return _dial_once(addresses, key, role, about, timeout, tlscert)
+        except Crowded:
+            pause = 0.1 + int.from_bytes(os.urandom(1), "big") / 256        # not all at once
+            if time.monotonic() + pause > last:
+                raise
+            time.sleep(pause)
+
+
+def _dial_once(addresses: Sequence[Address], key: bytes, role: str, about: Mapping[str, Any], timeout: float,
+               tlscert: str | None) -> Connection:
+    errors: list[tuple[Address, Exception]] = []
+    for address, sock in _connected(addresses, time.monotonic() + timeout, errors):
+        patience = timeout if len(addresses) == 1 else timeout / (1 + len(addresses))
+        try:
+            return _shake_hands(address, sock, key, role, about, patience, tlscert)
         except (OSError, Refused) as error:
             sock.close()
             errors.append((address, error))
@@ -4019,8 +4041,9 @@ def dial(urls: str | Sequence[str], key: bytes, role: str, about: Mapping[str, A
     if len(errors) == 1:
         raise errors[0][1]
     text = "; ".join(f"{format_url(address)}: {error}" for address, error in errors)
-    if any(isinstance(error, Refused) for _, error in errors):
-        raise Refused(text)
+    for kind in (Crowded, Refused):
+        if any(isinstance(error, kind) for _, error in errors):
+            raise kind(text)
     raise OSError(errno.EHOSTUNREACH, text)
 
 
@@ -4079,8 +4102,10 @@ def _connect_unix(address: Address, deadline: float) -> socket.socket:
 
 
 def _shake_hands(address: Address, sock: socket.socket, key: bytes, role: str, about: Mapping[str, Any],
-                 deadline: float, tlscert: str | None) -> Connection:
-    sock.settimeout(max(0.001, deadline - time.monotonic()))
+                 patience: float, tlscert: str | None) -> Connection:
+    """`patience`: seconds for each step."""
+    sock.settimeout(patience)
+    deadline = time.monotonic() + patience
     connection = Connection(sock, Decoder(STRANGER_LIMIT))
     certificate = b""
     if address.scheme == "tls+tcp":
@@ -4099,11 +4124,12 @@ def _shake_hands(address: Address, sock: socket.socket, key: bytes, role: str, a
         answer = shake.receive(message)
         if answer:
             connection.send(answer)
+        deadline = time.monotonic() + patience
     remote = sock.family != getattr(socket, "AF_UNIX", None) and not _is_loopback(sock.getpeername()[0])
     if shake.terms.get("seal"):
         connection.seal(shake.seal("dialer"))
-    elif remote and not certificate:
-        raise Refused("the listener offers neither TLS nor sealed frames, on a network")
+    elif address.scheme == "tcp":
+        raise Refused("the listener offers no sealed frames, without which what comes by TCP may be another's")
     if remote:
         keep_alive(sock)
     sock.settimeout(None)
@@ -4272,7 +4298,8 @@ class _Peer:
         self.launcher: int | None = None                # that started it elsewhere
         self.where = ""                                 # its address, where it comes by TCP
         self.remote = False                             # from another machine
-        self.since = time.monotonic()
+        self.since = time.monotonic()                   # it came, or said the last thing
+        self.spoke = self.greeted = False               # whether bytes came of it, and a message
         self.slot: Slot | None = None                   # its part of the page, where it uses that
         self.output = False                             # what its tasks write comes by the nursery
         self.name = ""
@@ -4334,6 +4361,7 @@ class Dispatcher:
         self.sent_counts: tuple[int, ...] = (0, 0, 0, 0, 0)
         self.counts_due = 0.0
         self.counts_wait = False                    # a timer will have them sent
+        self.strangers_watched = False              # so for a look at those who have not proven themselves
         self.watched: set[int] = set()              # daemons that have items of maps: a timer looks at them
         self.running = True
         self.effects: dict[type, Callable[[Any], None]] = {
@@ -4455,16 +4483,28 @@ class Dispatcher:
         self.peers[peer.number] = peer
         self.strangers[peer.number] = None
         self.selector.register(sock, selectors.EVENT_READ, functools.partial(self._serve, peer))
-        self._at(HANDSHAKE_TIME, lambda: self._refuse(peer, "no handshake in time") if peer.shake else None)
+        if not self.strangers_watched:
+            self.strangers_watched = True
+            self._at(HANDSHAKE_TIME / 10, self._look_at_strangers)
+
+    def _look_at_strangers(self) -> None:
+        """One timer for all: many may come in a second."""
+        now = time.monotonic()
+        for peer in [self.peers[number] for number in self.strangers]:
+            if now - peer.since > HANDSHAKE_TIME:
+                self._refuse(peer, "no handshake in time", again=True)
+        self.strangers_watched = bool(self.strangers)
+        if self.strangers:
+            self._at(HANDSHAKE_TIME / 10, self._look_at_strangers)
 
     def _has_room(self) -> bool:
         """For one more stranger: the oldest goes, unless it has only just come; then new ones wait in the kernel."""
         if len(self.strangers) < STRANGERS:
             return True
-        oldest = self.peers[next(iter(self.strangers))]
+        oldest = min((self.peers[number] for number in self.strangers), key=lambda peer: (peer.greeted, peer.since))
         if time.monotonic() - oldest.since < STRANGER_TIME:
             return False
-        self._refuse(oldest, "too many connections that have not said who they are")
+        self._refuse(oldest, "too many connections that have not said who they are", again=True)
         return True
 
     def _meet(self, peer: _Peer, sock: socket.socket) -> None:
@@ -4472,7 +4512,7 @@ class Dispatcher:
         with contextlib.suppress(OSError):
             host, port = sock.getpeername()[:2]
             peer.where, peer.remote = format_url(Address("tcp", host, port)), not _is_loopback(host)
-        terms = {**self.terms, "seal": peer.remote and self.tls is None}
+        terms = {**self.terms, "seal": self.tls is None}
         peer.shake = ListenerHandshake(self.key, terms, self.certificate)
         if self.tls is not None:
             peer.connection.channel = TLSChannel(self.tls)
@@ -4493,14 +4533,22 @@ class Dispatcher:
             return
         if peer.events & selectors.EVENT_WRITE:
             self._flush(peer)
-        peer.connection.receive()
+        if peer.connection.receive():
+            peer.spoke = True
         self._take(peer)
         if peer.connection.pending and peer.number in self.peers:
             self._flush(peer)                       # TLS has something to say
         if peer.connection.ended and peer.number in self.peers:
-            if peer.connection.fault:
-                self._notice(f"{peer.name or peer.where or 'somebody on this machine'}: {peer.connection.fault}")
-            self._at_end(peer, peer.connection.fault or "closed its connection")
+            self._connection_ended(peer, peer.connection.fault)
+
+    def _connection_ended(self, peer: _Peer, fault: str) -> None:
+        if peer.shake is not None and peer.spoke:
+            self._refuse(peer, fault or ("left in the handshake, as one does that holds another key" if peer.greeted
+                                         else "left in the handshake"))
+            return
+        if fault:
+            self._notice(f"{peer.name or peer.where or 'somebody on this machine'}: {fault}")
+        self._at_end(peer, fault or "closed its connection")
 
     def _take(self, peer: _Peer) -> None:
         number, peers = peer.number, self.peers
@@ -4521,7 +4569,7 @@ class Dispatcher:
 
     def _greet(self, peer: _Peer, message: Message) -> None:
         assert peer.shake is not None
-        peer.since = time.monotonic()
+        peer.since, peer.greeted = time.monotonic(), True
         answer, about = peer.shake.receive(message), peer.shake.peer
         if peer.shake.done:
             role, slot, serial = about["role"], about.get("slot"), about.get("serial") or -1
@@ -4587,11 +4635,12 @@ class Dispatcher:
         self.strangers.pop(peer.number, None)
         peer.connection.close()
 
-    def _refuse(self, peer: _Peer, why: str) -> None:
+    def _refuse(self, peer: _Peer, why: str, again: bool = False) -> None:
+        """`again`: it may come again, as it is not known to be at fault."""
         if peer.number in self.peers:
             self._notice(f"refused {peer.where or 'somebody on this machine'}: {why}")
             with contextlib.suppress(OSError):
-                peer.connection.send(encode_json(Kind.REFUSED, {"why": why}))
+                peer.connection.send(encode_json(Kind.REFUSED, {"why": why, "again": again}))
             self._close(peer)
 
     def _fault(self, peer: _Peer, why: str) -> None:
@@ -6926,7 +6975,7 @@ class Mirai(FutureOfAny):
 
     @property
     def _condition(self) -> Any:    # type: ignore[override]
-        return self._owner.lock
+        return self.__dict__.get("_watch") or self.__dict__.setdefault("_watch", threading.RLock())
 
     def __getattr__(self, name: str) -> Any:
         """Only for what `Future.__init__` would have made."""
@@ -6950,12 +6999,17 @@ class Mirai(FutureOfAny):
             self._value, self._failed = outcome, True
         cancelled = isinstance(outcome, MiraiCancelled)
         self._state = _futures.CANCELLED_AND_NOTIFIED if cancelled else _futures.FINISHED
+        if "_watch" in self.__dict__:
+            with self._condition:
+                self._tell(cancelled)
+        return True
+
+    def _tell(self, cancelled: bool) -> None:
         mine = self.__dict__
         for waiter in mine.get("_waiters", ()):
             (waiter.add_cancelled if cancelled else waiter.add_exception if self._failed else waiter.add_result)(self)
         if mine.get("_done_callbacks"):
             self._owner.call_back(self._run_callbacks)
-        return True
 
     def _run_callbacks(self) -> None:
         for callback in self._done_callbacks:
@@ -7256,6 +7310,7 @@ class Link:
         self.describe_end = describe_end
         self.lock = threading.RLock()
         self.sending = threading.RLock()        # reentrant as well: finalizers and signal handlers may use mirais
+        self.signalling = threading.RLock()     # innermost: a mirai's waiters come while they hold its condition
         self.writing = threading.RLock()        # to this process's own output
         self.pending: dict[int, Any] = {}       # mirais, and blocks of a map's items, by the first id
         self.blocks: dict[int, Block] = {}      # the latter alone
@@ -7624,12 +7679,12 @@ class Link:
             self._wake_sleepers()
 
     def _signal(self, fd: int) -> None:
-        with self.lock, contextlib.suppress(BlockingIOError):
+        with self.signalling, contextlib.suppress(BlockingIOError):
             if not self.released:
                 os.write(fd, b"!")
 
     def _drain(self, fd: int) -> None:
-        with self.lock, contextlib.suppress(BlockingIOError):
+        with self.signalling, contextlib.suppress(BlockingIOError):
             if not self.released:
                 os.read(fd, 4096)
 
@@ -7771,15 +7826,17 @@ class Link:
         """Once no event loop has them registered: it would take the next socket of that number for ours."""
         if self.released or not all(loop.is_closed() for loop in self.loops):
             return
-        self.released = True
-        self.connection.close()
-        for fd in (self.nudged, self.nudge, self.wakened, self.waken):
-            os.close(fd)
+        with self.signalling:
+            self.released = True
+            self.connection.close()
+            for fd in (self.nudged, self.nudge, self.wakened, self.waken):
+                os.close(fd)
 
     def forget(self) -> None:
         """In a forked child of the host, whose threads and connections stayed behind: nothing comes any more.
         The locks may be held by threads that do not exist here, and are made anew."""
         self.lock, self.sending, self.writing = threading.RLock(), threading.RLock(), threading.RLock()
+        self.signalling = threading.RLock()
         self.closed = "the host process was forked; its daemons are its parent's"
         self.loops.clear()
         for m in self.pending.values():
@@ -8518,18 +8575,13 @@ def local_daemons(compute: str) -> None:
 # Never:  sockets, messages.
 
 _ids = itertools.count(1)
-_numbering = threading.Lock()
 _OPTIONS = ("_timeout", "_retries", "_compute", "_star", "_promise", "_min")
 
 
 def _take_ids(n: int) -> int:
     """The first of n consecutive ids, all larger than those taken before."""
-    global _ids
-    with _numbering:
-        first = next(_ids)
-        if n:
-            _ids = itertools.count(first + n)
-        return first
+    n = max(1, n)
+    return next(itertools.islice(_ids, n - 1, None)) - n + 1      # in one C call, which no signal handler interrupts
 
 
 def mirai(f: Callable[..., Any] | str = _MISSING, /, *args: Any, _timeout: float | None = None, _retries: int = 0,
