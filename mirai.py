@@ -138,6 +138,7 @@ HANDSHAKE_TIME = 10.0       # for each step; a loaded machine needs a second or 
 DIAL_TIME = 10.0
 INTERRUPT_AGAIN = 0.05      # a signal that comes between two instructions right before a system call does not end it
 GRACE = 0.2                 # what a daemon whose connection ended may still take before it is killed; R's figure
+EXIT_TIME = 1.0             # for callbacks, when the interpreter ends
 CLOSE_TIME = 5.0            # for what should take milliseconds; where it does not, something is broken and said to be
 START_TIME = 60.0           # for the nursery and the first dispatcher, on a machine that swaps
 MAX_FAILED_STARTS = 5       # launches that end in a row before one is ready: after so many it is not bad luck (crew's)
@@ -328,9 +329,9 @@ R_KIND = 10407              # how R's `.Random.seed` says that it is this genera
 
 def seed_stream(seed: int) -> Stream:
     """The state that R's `set.seed(seed)` gives this generator."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -1 << 31 <= seed < 1 << 32:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not -1 << 31 <= seed < 1 << 32:
         raise ValueError(f"seed={seed!r}: expected an integer of 32 bits, as R takes it")
-    state = []
+    state, seed = [], operator.index(seed)
     for i in range(56):
         seed = (69069 * seed + 1) & 0xffffffff
         while i >= 50 and seed >= _MODULI[1]:
@@ -525,12 +526,12 @@ def encode_task(kind: int, id: int, parts: Sequence[bytes], needs: Collection[by
 
 def join_apart(parts: Sequence[bytes]) -> list[bytes]:
     """Their lengths, then they themselves."""
-    return [struct.pack(f"<{len(parts)}I", *map(len, parts)), *parts]
+    return [struct.pack(f"<{len(parts)}Q", *map(len, parts)), *parts]
 
 
 def split_apart(data: Any, n: int, at: int = 0) -> list[Any]:
     """What `join_apart()` joined, from `at` on."""
-    ends = list(itertools.accumulate(struct.unpack_from(f"<{n}I", data, at), initial=at + 4 * n))
+    ends = list(itertools.accumulate(struct.unpack_from(f"<{n}Q", data, at), initial=at + 8 * n))
     return [data[start:end] for start, end in zip(ends, ends[1:])]
 
 
@@ -539,8 +540,8 @@ def check_results(message: Message) -> tuple[int, int, int, float]:
     payload = message.payload
     with contextlib.suppress(struct.error):
         head = RESULTS_HEAD.unpack_from(payload)
-        lengths = struct.unpack_from(f"<{head[2]}I", payload, RESULTS_HEAD.size)
-        if RESULTS_HEAD.size + 4 * head[2] + sum(lengths) == len(payload) and head[2] and 0 <= head[3] < math.inf:
+        lengths = struct.unpack_from(f"<{head[2]}Q", payload, RESULTS_HEAD.size)
+        if RESULTS_HEAD.size + 8 * head[2] + sum(lengths) == len(payload) and head[2] and 0 <= head[3] < math.inf:
             return head
     raise ProtocolError(f"{message!r} does not hold what it says")
 
@@ -752,6 +753,10 @@ def receive_definition(hash: bytes, blob: bytes | None) -> None:
     _received.pop(hash, None)
     if blob is not None:
         _received[hash] = blob
+
+
+def received(hash: bytes) -> bytes | None:
+    return _received.get(hash)
 
 
 def _definition(ref: bytes) -> bytes:
@@ -1248,6 +1253,15 @@ def hold_assigned(before: Mapping[str, Mapping[str, Any]]) -> None:
         names = {name for name, value in space.items() if old.get(name, _EMPTY) is not value and name[:2] != "__"}
         if names:
             _held.setdefault(module, set()).update(names)
+
+
+def copy_held() -> dict[str, set[str]]:
+    return {module: set(names) for module, names in _held.items()}
+
+
+def set_held(held: Mapping[str, set[str]]) -> None:
+    _held.clear()
+    _held.update((module, set(names)) for module, names in held.items())
 
 
 def restore_namespaces(kept: Mapping[str, Mapping[str, Any]]) -> None:
@@ -1943,6 +1957,8 @@ def serial_config(cls: Any, sfunc: Any, ufunc: Any) -> SerialConfig:
     for each in parts[0]:
         if not isinstance(each, type):
             raise TypeError(f"cls={each!r}: expected a class")
+        if each in (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, type(None)):
+            raise ValueError(f"cls={each!r}: pickle carries it by itself, and asks nobody")
     for name, functions in (("sfunc", parts[1]), ("ufunc", parts[2])):
         for f in functions:
             if not callable(f):
@@ -2045,6 +2061,21 @@ def explain_unserializable(obj: Any, root: str, error: BaseException, hooks: Map
     return f"{root}: nested too deeply, or {error}"
 
 
+def _reduced_parts(obj: Any) -> list[tuple[str, Any]]:
+    """None where it says itself that it can't be."""
+    args: tuple[Any, ...]
+    args, state = (), None
+    with contextlib.suppress(Exception):
+        args, state, *_ = (*obj.__reduce_ex__(4)[1:3], None)
+    return [*((f" (argument {i} of its __reduce__)", value) for i, value in enumerate(args)),
+            *((f".{name}", value) for name, value in (state.items() if isinstance(state, dict) else ()))]
+
+
+def _has_own_state(kind: type) -> bool:
+    return any(getattr(kind, name, None) is not getattr(object, name, None)
+               for name in ("__reduce__", "__reduce_ex__", "__getstate__"))
+
+
 def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
     """What an object is made of, each with how one would write it."""
     if isinstance(obj, dict):
@@ -2073,6 +2104,8 @@ def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(obj, type):
         yield from ((f".{name}", value) for name, value in _members(obj).items())
         yield from ((f" (base {base.__qualname__})", base) for base in obj.__bases__)
+    elif _has_own_state(type(obj)):
+        yield from _reduced_parts(obj)
     else:
         yield from ((f".{name}", value) for name, value in getattr(obj, "__dict__", {}).items())
         slots = copyreg._slotnames(type(obj))       # type: ignore[attr-defined]
@@ -2513,11 +2546,20 @@ def dump_failure(error: BaseException) -> bytes:
         with _suppress_all():
             attributes[name] = dumps(value)
     original = None         # where its class or its contents can't travel the texts say what it was
-    if isinstance(error, Exception):
+    for bare in (False, True) if isinstance(error, Exception) else ():
         with _suppress_all():
-            original = dumps(error)
+            original = original or dumps(_bare(error, attributes) if bare else error)
     return dump_after(FAILURE, (message, _class_names(type(error)), _trace_text(error), attributes, original,
                                 isinstance(error, KeyboardInterrupt)))
+
+
+def _bare(error: Exception, attributes: Mapping[str, Any]) -> Exception:
+    """It, with those attributes alone."""
+    import copy
+    twin = copy.copy(error)
+    for name in vars(twin).keys() - attributes.keys():
+        delattr(twin, name)
+    return twin
 
 
 def load_outcome(payload: bytes) -> tuple[Any, bool]:
@@ -2904,6 +2946,10 @@ class DispatcherCore:
         for daemon in list(self.idle):
             effects += self._feed(daemon, self.daemons[daemon])     # which takes it from there
         return effects + self._next()
+
+    def is_replayed(self, id: int) -> bool:
+        """Whether newcomers run this call: one that has failed on every daemon is what no task can rely on."""
+        return any(call.unit.id == id and (call.worked or call.unit.left) for call in self.calls)
 
     def _run_calls(self, daemon: int, record: _DaemonRecord) -> list[Any]:
         """The next call that this daemon has not run."""
@@ -3673,8 +3719,8 @@ class Connection:
             item = self._outgoing[0]
             frame, sent = item[0], item[-1]
             if sent < len(frame):
-                self._view.release()                # for a signal handler has come here: whom it interrupted looks again
-                view = self._view = memoryview(frame)[sent:sent + READ_LARGE]      # in pieces: PyPy copies what it is given
+                self._view.release()            # a signal handler may have come here: whom it interrupted looks again
+                view = self._view = memoryview(frame)[sent:sent + READ_LARGE]       # PyPy copies what it is given
                 if item[-1] == sent:
                     try:
                         item.extend(itertools.accumulate(map(self._send, (view,)), initial=sent))
@@ -4776,7 +4822,7 @@ class Dispatcher:
 
     def _release(self, unit: int) -> None:
         """A frame goes once nobody wants an outcome of it; those of `everywhere` calls are there for newcomers."""
-        if unit not in self.core.units and not self._is_call(unit):
+        if unit not in self.core.units and not (self._is_call(unit) and self.core.is_replayed(unit)):
             self.frames.pop(unit, None)
 
     def _is_call(self, unit: int) -> bool:
@@ -6380,6 +6426,7 @@ def nursery_main(host: int) -> int:
     import resource
     for signum in (signal.SIGINT, signal.SIGHUP):       # for the host: it tells us by ending
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())      # the host's thread may have blocked some, for itself
     devnull = os.open(os.devnull, os.O_RDWR)
     while devnull <= 2:             # the host had closed its standard descriptors
         devnull = os.open(os.devnull, os.O_RDWR)
@@ -6397,6 +6444,16 @@ def nursery_main(host: int) -> int:
     if become is None:
         os._exit(0)         # an interpreter that shuts down would complain of signals from the children just ended
     return become()
+
+
+def own_source() -> str:
+    """This file's text, for those that are sent it."""
+    if "__source__" in globals():       # it was sent itself
+        return str(globals()["__source__"])
+    if not os.path.isfile(__file__):    # in a zip
+        return str(__loader__.get_source(__name__))     # type: ignore[attr-defined]
+    with open(__file__, encoding="utf-8") as file:
+        return file.read()
 
 
 class NurseryHandle:
@@ -6420,10 +6477,10 @@ class NurseryHandle:
         self.connection = Connection(ours)
 
     def _own_path(self) -> str:
-        if "__source__" not in globals():
+        if "__source__" not in globals() and os.path.isfile(__file__):
             return os.path.abspath(__file__)
         self._file = tempfile.NamedTemporaryFile("w", suffix=".py", encoding="utf-8")    # noqa: SIM115
-        self._file.write(globals()["__source__"])
+        self._file.write(own_source())
         self._file.flush()
         return self._file.name
 
@@ -6489,6 +6546,9 @@ class NurseryHandle:
         """Whether the dispatcher and all its local daemons have ended."""
         self._read_until(lambda: job in self._ended, timeout)
         return job in self._ended or self.connection.ended
+
+    def forget_job(self, job: int) -> None:
+        self._ended.pop(job, None)
 
     def describe_end(self, job: int, timeout: float) -> str:
         self._read_until(lambda: job in self._ended, timeout)
@@ -6587,14 +6647,6 @@ linecache.cache["<mirai>"] = len(source), None, source.splitlines(True), "<mirai
 exec(compile(source, "<mirai>", "exec"), vars(module))
 sys.exit(module.serve_launched(about))
 """
-
-
-def own_source() -> str:
-    """This file's text, which daemons elsewhere are sent."""
-    if "__source__" in globals():       # it was sent itself
-        return str(globals()["__source__"])
-    with open(__file__, encoding="utf-8") as file:
-        return file.read()
 
 
 @functools.cache
@@ -7144,10 +7196,16 @@ class Block:
         self.promised = on_value is not None or on_error is not None
         self.told = bytearray(n)        # of which items the promise knows
         self.needs: tuple[bytes, ...] = ()
+        self.held: tuple[bytes, ...] = ()       # of an `everywhere` call: what daemons to come need
         self.size = 0
 
     def __len__(self) -> int:
         return len(self.outcomes)
+
+    def failed(self) -> bool:
+        """Whether there are error values alone."""
+        return all(each[1] if isinstance(each, tuple) else isinstance(each, ErrorValue) or each[:1] == FAILURE
+                   for each in self.outcomes)
 
     def resize(self, n: int) -> None:
         """So many answers there will be, the owner's lock held."""
@@ -7279,6 +7337,7 @@ class _LoopWaiter:
 #         Who reads is only a hint (`reader`, `reads`): two who do so at once are slower, not wrong.
 
 _callbacks: Any = None      # the queue of the one thread that runs callbacks
+_starting: Any = threading.RLock()
 
 
 def _run_callbacks(queue: Any) -> None:
@@ -7288,10 +7347,29 @@ def _run_callbacks(queue: Any) -> None:
 
 def _start_callbacks() -> None:
     global _callbacks
-    if _callbacks is None:
-        import queue
-        _callbacks = queue.SimpleQueue()
-        threading.Thread(target=_run_callbacks, args=(_callbacks,), name="mirai-callbacks", daemon=True).start()
+    with _starting:
+        if _callbacks is None:
+            import queue
+            jobs: Any = queue.SimpleQueue()
+            threading.Thread(target=_run_callbacks, args=(jobs,), name="mirai-callbacks", daemon=True).start()
+            _callbacks = jobs
+
+
+def finish_callbacks() -> None:
+    """At the end of the process: those of what has resolved are still called, for a second at most."""
+    if _callbacks is not None and threading.current_thread().name != "mirai-callbacks":
+        done = threading.Event()
+        _callbacks.put(done.set)
+        done.wait(EXIT_TIME)
+
+
+def forget_callbacks() -> None:
+    """In a forked child, where that thread is not."""
+    global _callbacks, _starting
+    _callbacks, _starting = None, threading.RLock()
+
+
+OVERDUE = "the mirai did not resolve within its _timeout"
 
 
 def _log(text: str) -> None:
@@ -7316,6 +7394,7 @@ class Link:
         self.blocks: dict[int, Block] = {}      # the latter alone
         self.capacity, self.used, self.peak = capacity, 0, 0
         self.outputs: deque[tuple[int, bytes]] = deque()        # what tasks wrote, until it is written here
+        self.written: tuple[int, bytes] | None = None           # of them the last that was begun
         self.deadlines: list[tuple[float, int]] = []
         self.ahead: dict[bytes, list[int]] = {}     # definitions that are there -> tasks that need it, its size
         self.unneeded: dict[bytes, None] = {}       # those that no task needs now, the longest first
@@ -7351,8 +7430,12 @@ class Link:
         kind = Kind.EVERYWHERE if call else Kind.UNIT if isinstance(m, Block) else Kind.TASK
         if self.closed is not None:
             raise MiraiConnectionReset(self.closed)
-        if not self._reserve(m, task, wait):
-            return False
+        deadline = None if timeout is None else time.monotonic() + float(timeout)
+        if not self._reserve(m, task, wait, deadline):
+            if wait:
+                with self.lock:
+                    self._settle_overdue(m)
+            return wait
         try:
             self.pending[m.id] = m
             if isinstance(m, Block):
@@ -7363,16 +7446,25 @@ class Link:
         except BaseException:
             self._forget(m)
             raise
-        if timeout is not None:
+        if deadline is not None:
             with self.lock:
-                heapq.heappush(self.deadlines, (time.monotonic() + timeout, m.id))
+                if len(self.deadlines) > 2 * len(self.pending) + 64:        # mostly of what has resolved
+                    self.deadlines = sorted(entry for entry in self.deadlines if entry[1] in self.pending)
+                heapq.heappush(self.deadlines, (deadline, m.id))
                 first = self.deadlines[0][1] == m.id
             if first:
                 self._prompt()
         return True
 
-    def _reserve(self, m: Mirai | Block, task: Task, wait: bool) -> bool:
-        """Room for a task in the budget, which one alone may exceed."""
+    def _settle_overdue(self, m: Mirai | Block) -> None:
+        """It has waited for room until its deadline."""
+        if isinstance(m, Block):
+            m.settle(0, [MiraiTimeout(OVERDUE) for _ in range(len(m))])
+        else:
+            m.settle(MiraiTimeout(OVERDUE))
+
+    def _reserve(self, m: Mirai | Block, task: Task, wait: bool, deadline: float | None) -> bool:
+        """Room for a task in the budget, which one alone may exceed; False where there is none, and none comes."""
         size = sum(map(len, task.parts))
         for hash, blob in task.needs.items() if self.capacity is not None else ():
             if hash not in self.ahead:
@@ -7387,21 +7479,19 @@ class Link:
                     return True
             if not wait:
                 return False
-            self.wait_for(lambda: not self.used or self.used + size <= (self.capacity or 0), None)
+            room = self.wait_for(lambda: not self.used or self.used + size <= (self.capacity or 0), deadline)
             if self.closed is not None:
                 raise MiraiConnectionReset(self.closed)
+            if not room:
+                return False
 
     def _send_ahead(self, m: Mirai | Block, needs: Mapping[bytes, Any]) -> None:
         """Notes that a task needs these definitions, and sends those that are not there. Counted first and noted
         after: an interrupt in between keeps one for longer, and drops none too early."""
         for hash, blob in needs.items():
             with self.lock:
-                held = self.ahead.setdefault(hash, [0, 0])
-                held[0] += 1
+                held = self._count_need(hash)
                 m.needs = (*m.needs, hash)
-                if self.unneeded and hash in self.unneeded:
-                    del self.unneeded[hash]
-                    self.unneeded_bytes -= held[1]
             if held[1]:
                 continue
             with self.sending:
@@ -7418,7 +7508,8 @@ class Link:
                 return False
             self.blocks.pop(m.id, None)
             self.used -= m.size
-            for hash in m.needs:
+            over = m.held if isinstance(m, Block) and m.held and m.failed() else ()      # it will not be replayed
+            for hash in (*m.needs, *over):
                 held = self.ahead[hash]
                 held[0] -= 1
                 if not held[0]:
@@ -7452,11 +7543,20 @@ class Link:
                 self._end()
                 raise MiraiConnectionReset(self.closed) from None
 
-    def hold(self, needs: Mapping[bytes, Any]) -> None:
+    def hold(self, call: Block, needs: Mapping[bytes, Any]) -> None:
         """Definitions that are to stay: daemons to come will need them."""
         with self.lock:
             for hash in needs:
-                self.ahead.setdefault(hash, [0, 0])[0] += 1
+                self._count_need(hash)
+            call.held = tuple(needs)
+
+    def _count_need(self, hash: bytes) -> list[int]:
+        held = self.ahead.setdefault(hash, [0, 0])
+        held[0] += 1
+        if hash in self.unneeded:
+            del self.unneeded[hash]
+            self.unneeded_bytes -= held[1]
+        return held
 
     def end_daemons(self) -> None:
         """Those too that would wait for a next host."""
@@ -7621,12 +7721,15 @@ class Link:
         others need."""
         with self.writing:
             while self.outputs:
-                stream, data = self.outputs[0]
-                file = sys.stdout if stream == 1 else sys.stderr
-                with contextlib.suppress(Exception):        # closed, none, or the user's own: results come all the same
-                    file.write(data.decode())
-                    file.flush()
-                self.outputs.popleft()
+                entry = self.outputs[0]
+                file = sys.stdout if entry[0] == 1 else sys.stderr
+                if self.written is not entry:       # else it is being written, by a stream that waits for mirais
+                    self.written = entry
+                    with contextlib.suppress(Exception):    # closed, none, or the user's own: results come all the same
+                        file.write(entry[1].decode())
+                        file.flush()
+                if self.outputs and self.outputs[0] is entry:
+                    self.outputs.popleft()
 
     def _read_until(self, done: Callable[[], bool], deadline: float | None) -> None:
         if self.connection.decoder.chunks or self.outputs:
@@ -7734,7 +7837,7 @@ class Link:
                 overdue.append(self.pending.get(heapq.heappop(self.deadlines)[1]))
             left = self.deadlines[0][0] - now if self.deadlines else math.inf
         for m in overdue:
-            error = MiraiTimeout("the mirai did not resolve within its _timeout")
+            error = MiraiTimeout(OVERDUE)
             if isinstance(m, Block):
                 self.cancel_items(m, 0, len(m), error)
             elif m is not None:
@@ -7875,7 +7978,7 @@ class _Settings:
     def __init__(self, seed: int | None, serial: Any = None) -> None:
         self.seeded = seed is not None
         self._stream = random_stream() if seed is None else seed_stream(seed)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._registered = None if serial is not None else dict(_registered)
         self._hooks = make_hooks(serial)
 
@@ -7894,6 +7997,12 @@ class _Settings:
             stream = self._stream
             self._stream = advance_stream(stream, n)
             return stream
+
+    def return_stream(self, stream: Stream) -> None:
+        """The next one has not been used; nothing is done where another has been taken since."""
+        with self._lock:
+            if self._stream == advance_stream(stream):
+                self._stream = stream
 
 
 class _Profile(_Settings):
@@ -7993,6 +8102,7 @@ class _Profile(_Settings):
         if not self.nursery.wait_ended(self.job, CLOSE_TIME):
             self.nursery.kill(self.job)
             self.nursery.wait_ended(self.job, CLOSE_TIME)
+        self.nursery.forget_job(self.job)
 
 
 class _HereLink:
@@ -8006,7 +8116,8 @@ class _HereLink:
         self.lock = threading.RLock()
         self.completed = 0
         self.closed: str | None = None
-        self.base = copy_namespaces()       # what `everywhere` calls have left in them
+        self.base: Any = {}                 # what `everywhere` calls have left in namespaces
+        self.held: Any = {}
         self.stream = random_stream()
         self.needs: list[dict[bytes, Any]] = []     # definitions of the tasks that are being evaluated, inner ones last
 
@@ -8045,10 +8156,11 @@ class _HereLink:
     @contextlib.contextmanager
     def _as_daemon(self, items: bool, call: bool, needs: dict[bytes, Any]) -> Iterator[None]:
         """The host's own state is afterwards as it was. One task may call for another."""
-        before, surroundings = dict(_here), Surroundings()
-        if not self.needs:
-            surroundings.namespaces = self.base
+        before, surroundings, outermost = dict(_here), Surroundings(), not self.needs
+        outer, earlier = copy_held(), {hash: received(hash) for hash in needs}
+        if outermost:
             restore_namespaces(self.base)
+            set_held(self.held)
         self.needs.append(needs)
         for hash, blob in needs.items():
             receive_definition(hash, blob if isinstance(blob, bytes) else b"".join(blob))
@@ -8063,12 +8175,15 @@ class _HereLink:
             self.needs.pop()
             for hash in needs:
                 if not any(hash in others for others in self.needs):
-                    receive_definition(hash, None)
+                    receive_definition(hash, earlier[hash])
             if call:
-                self.base = surroundings.namespaces = copy_namespaces()
+                self.base, self.held = copy_namespaces(), copy_held()
+                surroundings.namespaces = surroundings.namespaces if outermost else self.base
+            if outermost:
+                set_held(outer)
             surroundings.restore()
 
-    def hold(self, needs: Mapping[bytes, Any]) -> None:
+    def hold(self, call: Block, needs: Mapping[bytes, Any]) -> None:
         """No daemons are to come."""
 
     def watched(self, callback: bool) -> None:
@@ -8100,8 +8215,6 @@ class _HereLink:
 
     def close(self, why: str) -> None:
         self.closed = why
-        restore_namespaces({})
-        _held.clear()
 
     forget = end_daemons
 
@@ -8164,6 +8277,7 @@ def _at_exit() -> None:
     try:
         for profile in [*_profiles.values(), *_ephemeral]:
             profile.link.close("the host process ended")
+        finish_callbacks()
     finally:
         _profiles.clear()
         _ephemeral.clear()
@@ -8173,8 +8287,9 @@ def _at_exit() -> None:
 
 def _after_fork() -> None:
     """A forked child of the host sees no daemons set, and leaves its parent's connections alone."""
-    global _setting, _making, _callbacks
-    _setting, _making, _callbacks = threading.RLock(), threading.RLock(), None
+    global _setting, _making
+    _setting, _making = threading.RLock(), threading.RLock()
+    forget_callbacks()
     for profile in [*_profiles.values(), *_ephemeral]:
         profile.forget()
     for nursery in _nursery:
@@ -8281,6 +8396,7 @@ def daemons(n: int | str | None = _MISSING, url: str | None = None, remote: Any 
     ...`. Raises LaunchError, an OSError, with the last words of what could not be started or could not listen at the
     url; TypeError or ValueError for arguments that make no sense; RuntimeError in an item of a map, see `mirai_map()`.
     """
+    _check_compute(compute)
     name = _current.get() if compute is None else compute
     if sync:
         settings = _SyncProfile(name, seed)
@@ -8384,8 +8500,9 @@ def _check_n(n: Any, url: str | None, remote: Any) -> int:
         return 0 if remote is None else int(remote.default_n)
     if n == "auto":
         return cpu_count()
-    if isinstance(n, bool) or not isinstance(n, int):
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"n={n!r}: expected an integer, 'auto', or None")
+    n = operator.index(n)
     if not 0 < n <= SLOTS:
         raise ValueError(f"n={n}: expected 0 (reset) to {SLOTS} daemons")
     return n
@@ -8412,8 +8529,9 @@ def launch_local(n: int = 1, *, compute: str | None = None, **daemon_options: An
     Raises RuntimeError where no daemons are set, and as `daemons()` does.
     """
     require_daemons(compute)
-    if isinstance(n, bool) or not isinstance(n, int) or not 0 < n <= SLOTS:
+    if isinstance(n, bool) or not hasattr(n, "__index__") or not 0 < n <= SLOTS:
         raise ValueError(f"n={n!r}: expected an integer above 0")
+    n = operator.index(n)
     check_daemon_options(daemon_options)
     profile = _find(compute)
     if isinstance(profile, _SyncProfile):
@@ -8454,6 +8572,8 @@ def launch_remote(n: int | None = None, remote: Any = None, *, compute: str | No
         return _Commands(profile.launch_remote(count, remote, daemon_options))
     if parse_url(profile.url).scheme == "ipc":
         raise ValueError("the profile listens for this machine alone: set it with a url=, as daemons(url=host_url())")
+    if daemon_options.get("kill_after") is not None:
+        raise ValueError("kill_after is for local daemons: nobody here can kill one elsewhere")
     command = f"echo {profile.key} | {_daemon_command(reach(parse_url(profile.url)), daemon_options)} --key-file -"
     return _Commands([command] * count)
 
@@ -8469,6 +8589,8 @@ def _daemon_command(urls: Sequence[str], options: Mapping[str, Any]) -> str:
             words.append(f"--autoexit {str(value).lower()}")
         elif name == "cleanup" and not value:
             words.append("--no-cleanup")
+        elif name == "forward_imports" and not value:
+            words.append("--no-forward-imports")
         elif name in ("output", "asyncdial") and value:
             words.append(f"--{flag}")
         elif name == "tlscert" and value is not None:
@@ -8528,6 +8650,7 @@ def daemons_set(compute: str | None = None) -> bool:
 
 def require_daemons(compute: str | None = None) -> bool:
     """True where daemons are set for the profile, RuntimeError that says how to set them where not."""
+    _check_compute(compute)
     if _find(compute) is None:
         name = _current.get() if compute is None else compute
         arguments = "" if name == "default" else f", compute={name!r}"
@@ -8535,12 +8658,20 @@ def require_daemons(compute: str | None = None) -> bool:
     return True
 
 
+# by which those that a context has entered are left; one instance may be entered by many contexts
+_entered: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("mirai_entered", default=())
+
+
+def _check_compute(compute: Any) -> None:
+    if compute is not None and not isinstance(compute, str):
+        raise TypeError(f"compute={compute!r}: expected the name of a profile")
+
+
 class with_daemons(contextlib.ContextDecorator):
     """Makes a profile the current one, in a `with` statement or for a decorated function; it must be set."""
 
     def __init__(self, compute: str) -> None:
         self.compute = compute
-        self._tokens: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("tokens", default=())
 
     def __call__(self, f: Any) -> Any:
         if not getattr(getattr(f, "__code__", None), "co_flags", 0) & CO_COROUTINE:
@@ -8553,13 +8684,15 @@ class with_daemons(contextlib.ContextDecorator):
         return inside
 
     def __enter__(self) -> None:
+        if self.compute is None:
+            raise TypeError("with_daemons() needs the name of a profile")
         require_daemons(self.compute)
-        self._tokens.set((*self._tokens.get(), _current.set(self.compute)))
+        _entered.set((_current.set(self.compute), *_entered.get()))
 
     def __exit__(self, *_: object) -> None:
-        *others, token = self._tokens.get()
+        token, *others = _entered.get()
         _current.reset(token)
-        self._tokens.set(tuple(others))
+        _entered.set(tuple(others))
 
 
 def local_daemons(compute: str) -> None:
@@ -8619,9 +8752,14 @@ def _submit(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: floa
     profile = _find(compute) or _ephemeral_profile()
     task = dump_task(f, args, kwargs, profile.changed_path(), profile.hooks)
     m = Mirai(_take_ids(1), profile.link)
-    if profile.seeded:
-        task = seeded(task, profile.next_stream())
-    return m if profile.link.submit(m, task, retries, timeout, wait=wait) else None
+    stream = profile.next_stream()
+    if stream is not None:
+        task = seeded(task, stream)
+    if profile.link.submit(m, task, retries, timeout, wait=wait):
+        return m
+    if stream is not None:
+        profile.return_stream(stream)
+    return None
 
 
 def _check_task(f: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: Any, retries: Any) -> None:
@@ -8636,7 +8774,7 @@ def _check_task(f: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeou
                         "text")
     elif getattr(getattr(f, "__code__", None), "co_flags", 0) & CO_COROUTINE:
         raise TypeError(f"{f!r} is a coroutine function: mirai(lambda: asyncio.run(f(…))) evaluates it")
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0):
+    if timeout is not None and (isinstance(timeout, bool) or not hasattr(timeout, "__float__") or not timeout >= 0):
         raise ValueError(f"_timeout={timeout!r}: expected seconds, or None for no limit")
     if isinstance(retries, bool) or not isinstance(retries, int) or not 0 <= retries <= 65535:
         raise ValueError(f"_retries={retries!r}: expected an integer from 0")
@@ -8699,7 +8837,7 @@ def everywhere(f: Callable[..., Any] | str, /, *args: Any, _min: int = 1, _compu
     link = profile.link
     task = dump_task(f, args, kwargs, profile.changed_path(), profile.hooks)
     block = Block(_take_ids(SLOTS), 0, link)
-    link.hold(task.needs)
+    link.hold(block, task.needs)
     link.submit(block, task, _min, None, call=True)
     if not link.wait_for(lambda: len(block) > 0, time.monotonic() + START_TIME):
         raise MiraiConnectionReset(link.closed or f"the dispatcher did not answer within {START_TIME:.0f} s")
@@ -8768,13 +8906,28 @@ def _table(items: Any) -> _Source | None:
     return _Source(rows, labels, False, tuple(columns) if named and columns else ())
 
 
-class _Answers:
+class _Feed:
+    """Blocks, in order, whose items are handed out."""
+
+    blocks: list[Block]
+    total = gone = 0            # items under way or done; whose block is gone
+
+    def at(self, index: int) -> tuple[Block, int]:
+        at = index - self.gone
+        for block in self.blocks if at >= 0 else ():
+            if at < len(block):
+                return block, at
+            at -= len(block)
+        raise IndexError(f"item {index} of {self.total}" + (" was handed out before" if 0 <= index < self.gone else ""))
+
+
+class _Answers(_Feed):
     """The one block of an `everywhere` call; what a map's `_MapFeed` is to maps."""
 
-    names, keyed, lazy, exhausted, gone = None, False, False, True, 0
+    names, keyed, lazy, exhausted = None, False, False, True
 
     def __init__(self, link: Any, block: Block) -> None:
-        self.link, self.blocks, self.active = link, [block], [block]
+        self.link, self.blocks, self.active, self.total = link, [block], [block], len(block)
 
     def pull(self, wanted: int) -> None:
         """There is nothing more to come."""
@@ -8783,7 +8936,7 @@ class _Answers:
         """There never was."""
 
 
-class _MapFeed:
+class _MapFeed(_Feed):
     """Turns what is mapped over into blocks that are under way: all at once, or a window ahead of whoever consumes."""
 
     def __init__(self, profile: Any, constant: Constant, source: _Source, retries: int, timeout: float | None,
@@ -8855,13 +9008,21 @@ class _MapFeed:
             try:
                 values.extend(itertools.islice(self.source, min(self.window - ahead, UNIT_ITEMS)))
                 self.exhausted = not values
-            except BaseException as error:
+            except Exception as error:
                 self._fail(error)
-            try:
-                if values:
-                    self._send(values)
-            except (TypeError, ValueError, pickle.PicklingError) as error:
-                self._fail(error)
+            except BaseException:
+                if getattr(self.source, "gi_frame", self) is None:
+                    self._fail(RuntimeError("the generator was interrupted, so that nothing more comes of it"))
+                raise
+            finally:                    # what came before an interrupt, too
+                self._send_taken(values)
+
+    def _send_taken(self, values: list[Any]) -> None:
+        try:
+            if values:
+                self._send(values)
+        except (TypeError, ValueError, pickle.PicklingError, MiraiConnectionReset) as error:
+            self._fail(error)
 
     def _waits(self, wanted: int) -> bool:
         """Whether whoever consumes must wait for the next item."""
@@ -8873,8 +9034,6 @@ class _MapFeed:
     def _fail(self, error: BaseException) -> None:
         """For whoever comes to it, after what came before."""
         self.exhausted, self.failure = True, error
-        if not isinstance(error, Exception):
-            raise error
 
     def take(self) -> Mirai | None:
         """Hands out the next item, None at the end."""
@@ -8897,14 +9056,6 @@ class _MapFeed:
                 self.blocks.remove(block)
             return m
 
-    def at(self, index: int) -> tuple[Block, int]:
-        at = index - self.gone
-        for block in self.blocks if at >= 0 else ():
-            if at < len(block):
-                return block, at
-            at -= len(block)
-        raise IndexError(f"item {index} of {self.total}" + (" was handed out before" if 0 <= index < self.gone else ""))
-
     def end(self) -> None:
         """Takes no more."""
         self.exhausted = True
@@ -8921,6 +9072,9 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
 
     def __init__(self, feed: Any) -> None:
         self._feed = feed
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("the mirais of a map stay in the process that made it: send its values, mp.results()")
 
     # -- shape
 
@@ -9339,6 +9493,8 @@ def main(arguments: Sequence[str]) -> int:
     serve.add_argument("--autoexit", choices=("true", "none", "false"), default="true", help=(
         "end with the connection (true), after a running task (none), or wait for a next host (false)"))
     serve.add_argument("--no-cleanup", dest="cleanup", action="store_false", help="keep what tasks change")
+    serve.add_argument("--no-forward-imports", dest="forward_imports", action="store_false",
+                       help="fetch no modules from the host")
     serve.add_argument("--output", action="store_true", help="show what tasks print")
     serve.add_argument("--asyncdial", action="store_true", help="try until somebody listens there")
     serve.add_argument("--tlscert", help="a PEM file, of the certificate or authority that the listener must have")
@@ -9347,11 +9503,17 @@ def main(arguments: Sequence[str]) -> int:
     demo = commands.add_parser("demo", help="measure the standard library on daemons, and show what else there is")
     demo.add_argument("--url", help="where the daemons dial, as tls+tcp://127.0.0.1:0")
     options = parser.parse_args(arguments)
+    if options.command == "demo" and options.url:
+        try:
+            parse_url(options.url)
+        except ValueError as error:
+            return _complain(error, EX_USAGE)
     return _demo(options.url) if options.command == "demo" else _serve(options)
 
 
 def _serve(options: Any) -> int:
-    given = {name: getattr(options, name) for name in ("cleanup", "output", "asyncdial", "rs", "tlscert", *_LIMITS)}
+    names = ("cleanup", "forward_imports", "output", "asyncdial", "rs", "tlscert", *_LIMITS)
+    given = {name: getattr(options, name) for name in names}
     given["autoexit"] = {"true": True, "none": None, "false": False}[options.autoexit]
     try:
         for url in options.url:
