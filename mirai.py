@@ -133,7 +133,7 @@ READ_SIZE = 65536           # recv() of more than this costs three times as much
 READ_LARGE = 1 << 20        # what a large frame is read in: fewer system calls, once the rest is known to come
 STRANGER_LIMIT = 4096       # bytes in a frame before the peer has proven itself: a hello needs a few hundred
 NOTICES = 20                # lines in a second for the host's log; what more there are is counted
-STRANGERS = 256             # unproven connections at once; for one more the oldest goes: they cost a descriptor each
+STRANGERS = 512             # unproven connections at once; for one more the oldest goes: they cost a descriptor each
 HANDSHAKE_TIME = 10.0       # for each step; a loaded machine needs a second or two; more only helps who stays silent
 DIAL_TIME = 10.0
 INTERRUPT_AGAIN = 0.05      # a signal that comes between two instructions right before a system call does not end it
@@ -156,6 +156,7 @@ LARGE = 1 << 16             # bytes; from here on what a function reads is sent 
 KEPT_DEFINITIONS = 64 << 20     # bytes of them that no task needs now: the next may, and else they are sent again
 LINK_TIME = 30.0            # seconds without an answer of its kernel after which a peer on another machine is gone
 LISTEN_BACKLOG = 1024       # connections that the kernel holds while a dispatcher is busy
+CUT_SHORT = 5               # times that a dialer's handshake may be broken off before it gives up
 STRANGER_TIME = 0.5         # seconds that an unproven connection has for itself before it may have to make room
 PENDING_TIME = 60.0         # seconds that tasks wait for a first daemon before the host hears of it
 BRIEF_LIFE, BRIEF_PAUSE = 1.0, 5.0      # seconds: who dies younger, with nothing to do, is replaced so slowly at most
@@ -3715,8 +3716,11 @@ class Connection:
         if self._batch:
             self._enqueue(b"".join(self._batch))
             self._batch.clear()
-        while self._outgoing:
-            item = self._outgoing[0]
+        while True:
+            try:
+                item = self._outgoing[0]
+            except IndexError:
+                return True
             frame, sent = item[0], item[-1]
             if sent < len(frame):
                 self._view.release()            # a signal handler may have come here: whom it interrupted looks again
@@ -3731,7 +3735,6 @@ class Connection:
             else:
                 with contextlib.suppress(ValueError):       # a nested call was first
                     self._outgoing.remove(item)
-        return True
 
     @property
     def pending(self) -> bool:
@@ -3885,10 +3888,11 @@ def dialer_context(cert: str | None) -> Any:
     if cert is None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
+    context.verify_flags |= 0x80000     # X509_V_FLAG_PARTIAL_CHAIN: the listener's own may be trusted, whoever signed it
     try:
         context.load_verify_locations(cadata=cert)
-    except ssl.SSLError as error:
-        raise ValueError(f"tlscert holds no certificate in PEM: {error.reason or error}") from None
+    except (ssl.SSLError, ValueError) as error:
+        raise ValueError(f"tlscert holds no certificate in PEM: {getattr(error, 'reason', '') or error}") from None
     return context
 
 
@@ -4057,13 +4061,14 @@ def dial(urls: str | Sequence[str], key: bytes, role: str, about: Mapping[str, A
     listener is asked again, three times as long.
     """
     addresses = [parse_url(urls)] if isinstance(urls, str) else [parse_url(url) for url in urls]
-    last = time.monotonic() + 3 * timeout
+    last, left = time.monotonic() + 3 * timeout, CUT_SHORT
     while True:
         try:
             return _dial_once(addresses, key, role, about, timeout, tlscert)
-        except Crowded:
+        except (Crowded, ConnectionResetError, BrokenPipeError) as error:
+            left -= not isinstance(error, Crowded)      # it may be crowded, but could not say so
             pause = 0.1 + int.from_bytes(os.urandom(1), "big") / 256        # not all at once
-            if time.monotonic() + pause > last:
+            if not left or time.monotonic() + pause > last:
                 raise
             time.sleep(pause)
 
@@ -5197,6 +5202,7 @@ def daemon(url: str | Sequence[str], *, dispatcher: bool = True, asyncdial: bool
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("daemon() needs the main thread of a process of its own: that is where tasks run")
     urls = [url] if isinstance(url, str) else list(url)
+    check_daemon_urls(urls, tlscert)
     secret = find_key(*urls) if key is None else parse_key(key)
     stream = random_stream() if rs is None else stream_from_r(rs)
     return _serve_at(urls, secret, {}, _daemon_options(options, stream), asyncdial)
@@ -5223,7 +5229,14 @@ def check_daemon_options(options: Mapping[str, Any]) -> None:
         if name == "rs" and value is not None:
             stream_from_r(value)
         if name == "tlscert" and value is not None:
-            read_pem(value, name)
+            dialer_context(read_pem(value, name))
+
+
+def check_daemon_urls(urls: Sequence[str], tlscert: Any) -> None:
+    """ValueError where one is none, or where the certificate would be asked of nobody."""
+    schemes = {parse_url(url).scheme for url in urls}
+    if tlscert is not None and schemes != {"tls+tcp"}:
+        raise ValueError("tlscert is for tls+tcp:// URLs: at others nobody shows a certificate")
 
 
 def _daemon_options(options: Mapping[str, Any], stream: Stream) -> DaemonOptions:
@@ -9516,8 +9529,7 @@ def _serve(options: Any) -> int:
     given = {name: getattr(options, name) for name in names}
     given["autoexit"] = {"true": True, "none": None, "false": False}[options.autoexit]
     try:
-        for url in options.url:
-            parse_url(url)
+        check_daemon_urls(options.url, options.tlscert)
         check_daemon_options(given)
         if options.n < 1:
             raise ValueError(f"-n {options.n}: expected 1 or more")

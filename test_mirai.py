@@ -770,6 +770,13 @@ class TestWire(Case):
             found += map(tuple, decoder)
         return found
 
+    def test_outcomes_of_a_map_may_have_more_than_4_gib(self):
+        class Huge(bytes):
+            def __len__(self):
+                return 1 << 33
+        self.assertEqual(struct.unpack("<2Q", mirai.join_apart([Huge(), b"x"])[0]), (1 << 33, 1))
+        self.assertEqual(mirai.split_apart(b"head" + b"".join(mirai.join_apart([b"ab", b"", b"c"])), 3, 4), [b"ab", b"", b"c"])
+
     def test_a_message_comes_out_as_it_went_in(self):
         message = next(iter(self.fed(self.FRAMES[0])))
         self.assertEqual((message.kind, message.id, message.flags, message.payload), self.MESSAGES[0])
@@ -5207,7 +5214,8 @@ class TestTask(Case):
         error = ValueError("no")
         error.level, error.lock, error.refusing = [1, 2], threading.Lock(), Refusing(ValueError())
         back = self.raised_here(error)
-        self.assertEqual((back.attributes, back.level, back.original), ({"level": [1, 2]}, [1, 2], None))
+        self.assertEqual((back.attributes, back.level), ({"level": [1, 2]}, [1, 2]))
+        self.assertEqual((type(back.original), back.original.level), (ValueError, [1, 2]))      # what `except` catches
 
     def raised_here(self, error):
         """As `raised`, for an error that could not be sent: it need not be part of the task."""
@@ -7689,6 +7697,36 @@ class TestTransport(Case):
         self.assertEqual(again, [])
         self.assertGreater(hits, 50)
 
+    def test_a_flush_within_a_flush_sends_each_byte_once(self):
+        """As from a signal handler, at each line of it."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            connection = mirai.Connection(ours)
+            code, lines = mirai.Connection.flush.__code__, []
+
+            def count(frame, event, arg):
+                if frame.f_code is code:
+                    lines.append(frame.f_lineno)
+                    return count
+            sys.settrace(count)
+            connection.send(b"outer ")
+            sys.settrace(None)
+            self.assertEqual(theirs.recv(100), b"outer ")
+            for nth in range(len(lines)):
+                seen = itertools.count()
+
+                def nested(frame, event, arg):
+                    if frame.f_code is code and next(seen) == nth:      # noqa: B023
+                        sys.settrace(None)
+                        frame.f_trace = None
+                        connection.send(b"nested ")
+                    return nested
+                sys.settrace(nested)
+                connection.send(b"outer ")
+                sys.settrace(None)
+                self.assertTrue(connection.flush())
+                self.assertEqual(sorted(theirs.recv(100).split()), [b"nested", b"outer"], nth)
+
     # -- dialing
 
     def test_dialing_gives_up_on_a_listener_that_says_nothing(self):
@@ -7702,7 +7740,7 @@ class TestTransport(Case):
     def test_dialing_says_where_nobody_listens_or_somebody_hangs_up(self):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-            thread = threading.Thread(target=lambda: listener.accept()[0].close())
+            thread = threading.Thread(target=lambda: [listener.accept()[0].close() for _ in range(mirai.CUT_SHORT)])
             thread.start()
             with self.assertRaises(ConnectionError):
                 mirai.dial(url, self.KEY, "daemon", {})
@@ -8932,7 +8970,7 @@ class TestDispatcher(Case):
     def test_silent_strangers_hold_up_nobody_and_are_bounded(self):
         shell = self.shell()
         host = shell.host()
-        strangers = [shell.stranger() for _ in range(300)]
+        strangers = [shell.stranger() for _ in range(mirai.STRANGERS + 44)]
         half_a_hello = mirai.DialerHandshake(shell.key, "daemon", {}).hello()[:50]
         for stranger in strangers[-20:]:
             stranger.connection.sock.sendall(half_a_hello)
@@ -8943,8 +8981,53 @@ class TestDispatcher(Case):
         self.assertLess(time.monotonic() - start, 1.0)
         self.assertLessEqual(len(shell.dispatcher.strangers), mirai.STRANGERS)
         self.assertLessEqual(len(shell.dispatcher.peers), mirai.STRANGERS + 2)
-        for stranger in strangers[:300 - mirai.STRANGERS]:
+        for stranger in strangers[:44]:
             self.expect_refusal(stranger, "too many connections")
+
+    def test_strangers_that_come_and_go_leave_nothing_behind(self):
+        shell = self.shell()
+        for data in (b"", b"GET / HTTP/1.1\r\n\r\n", mirai.DialerHandshake(bytes(32), "daemon", {}).hello()):
+            for _ in range(200):
+                stranger = shell.stranger()
+                stranger.connection.sock.sendall(data)
+                stranger.close()
+        shell.daemon()
+        wait_until(lambda: not shell.dispatcher.strangers, SOON)
+        self.assertEqual(len(shell.dispatcher.peers), 1)
+        self.assertLess(len(shell.dispatcher.timers), 10)
+
+    def test_one_with_another_key_is_in_the_log(self):
+        shell = self.shell(url="tcp://127.0.0.1:0")
+        host = shell.host()
+        with self.assertRaisesRegex(mirai.Refused, "does not hold the key"):
+            mirai.dial(shell.url, bytes(32), "daemon", {})
+        host.told("left in the handshake, as one does that holds another key")
+        self.assertRegex(host.notices[-1], r"refused tcp://127.0.0.1:\d+: ")
+
+    def test_who_is_crowded_out_comes_again(self):
+        with replaced(mirai, "STRANGERS", 2):
+            shell = self.shell()
+            silent = [shell.stranger() for _ in range(2)]
+            half = mirai._connect_unix(mirai.parse_url(shell.url), time.monotonic() + SOON)
+            with half:
+                refused = mirai._dial_once
+                found = []
+
+                def dial_once(*args):
+                    try:
+                        return refused(*args)
+                    except mirai.Crowded as error:
+                        found.append(error)
+                        raise
+                with replaced(mirai, "_dial_once", dial_once):
+                    dialers = [threading.Thread(target=lambda: mirai.dial(shell.url, shell.key, "daemon", {}).close())
+                               for _ in range(20)]
+                    for dialer in dialers:
+                        dialer.start()
+                    for dialer in dialers:
+                        dialer.join(LONG)
+            self.assertFalse(any(dialer.is_alive() for dialer in dialers))
+            self.expect_refusal(silent[0], "too many connections")
 
     def test_a_stranger_that_says_nothing_is_refused_in_time(self):
         with replaced(mirai, "HANDSHAKE_TIME", 0.05):
