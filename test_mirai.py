@@ -63,6 +63,18 @@ PYPY = sys.implementation.name == "pypy"
 MIRAI_LONG = bool(os.environ.get("MIRAI_LONG"))         # whether tests that take long are run, and others count further
 takes_long = unittest.skipUnless(MIRAI_LONG, "takes long: MIRAI_LONG=1 runs it")
 
+
+def at_length(short, long):
+    """What a test does as a rule, and what under MIRAI_LONG: how often, how many, which cases."""
+    return long if MIRAI_LONG else short
+
+
+def crossed(*axes):
+    """Every combination under MIRAI_LONG; as a rule each value once at least, beside ever others of the rest."""
+    return at_length([tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes)))],
+                     list(itertools.product(*axes)))
+
+
 if PYPY:
     with contextlib.suppress(ImportError):
         import readline         # noqa: F401  # doctest does, and PyPy's keeps two descriptors for ever
@@ -4375,6 +4387,7 @@ class TwoInterpreters(Case):
         super().setUpClass()
         cls.folder = tempfile.mkdtemp()
         cls.here, cls.there = Interpreters(1), Interpreters(2)
+        cls.known = {}
 
     @classmethod
     def tearDownClass(cls):
@@ -4398,11 +4411,14 @@ class TestFeatureTable(TwoInterpreters):
               "except (TypeError, pickle.PicklingError) as error: print(error)\nelse: print('it was serialized')\n")
 
     def dumped(self, name, interpreters=None):
-        """The path of what a fresh interpreter made of a feature, and its bytes."""
-        path = os.path.join(self.folder, name)
-        (interpreters or self.here)(name, FEATURES[name] + self.DUMP.format(path))
-        with open(path, "rb") as file:
-            return path, file.read()
+        """The path of what a fresh interpreter made of a feature, and its bytes: once for each of the two."""
+        interpreters = interpreters or self.here
+        if (name, interpreters) not in self.known:
+            path = os.path.join(self.folder, f"{name} {interpreters.process.pid}")
+            interpreters(name, FEATURES[name] + self.DUMP.format(path))
+            with open(path, "rb") as file:
+                self.known[name, interpreters] = path, file.read()
+        return self.known[name, interpreters]
 
     def carry(self, name):
         path, _ = self.dumped(name)
@@ -7060,16 +7076,16 @@ class TestCore(Case):
     # random events
 
     def test_random_events_with_persistent_daemons(self):
-        self.survives(mirai.DispatcherCore, seeds=range(200))
+        self.survives(mirai.DispatcherCore, seeds=range(at_length(60, 200)))
 
     def test_random_events_with_a_process_per_task(self):
-        self.survives(functools.partial(mirai.DispatcherCore, elastic=True), seeds=range(200, 300))
+        self.survives(functools.partial(mirai.DispatcherCore, elastic=True), seeds=range(200, at_length(230, 300)))
 
     def test_random_events_with_queues_of_their_own(self):
-        self.survives(functools.partial(mirai.DispatcherCore, direct=True), seeds=range(300, 400))
+        self.survives(functools.partial(mirai.DispatcherCore, direct=True), seeds=range(300, at_length(330, 400)))
 
     def test_random_events_with_pieces_of_one_size(self):
-        self.survives(functools.partial(mirai.DispatcherCore, fixed=6), seeds=range(400, 500))
+        self.survives(functools.partial(mirai.DispatcherCore, fixed=6), seeds=range(400, at_length(430, 500)))
 
     def survives(self, make_core, seeds):
         for seed in seeds:
@@ -7659,7 +7675,7 @@ class TestTransport(Case):
 
         reader = threading.Thread(target=drain)
         reader.start()
-        hits = harassed(step, 1.0)
+        hits = harassed(step, at_length(0.4, 1.0))
         while not connection.flush():
             mirai.wait_ready(connection.fileno(), LONG, write=True)
         connection.sock.shutdown(socket.SHUT_WR)
@@ -7697,7 +7713,7 @@ class TestTransport(Case):
 
         writer = threading.Thread(target=fill)
         writer.start()
-        hits = harassed(step, 1.0)
+        hits = harassed(step, at_length(0.4, 1.0))
         stop.set()
         wait_until(lambda: (step(), last and last[0] in got)[1], what="the last frame's arrival")
         writer.join()
@@ -7967,7 +7983,7 @@ class TestPage(Case):
                 wait_until(lambda slot=slot: slot.begun)
                 chance, beyond, before, rounds = random.Random(3), 0, 0, 0
                 end = time.monotonic() + 2.5
-                while time.monotonic() < end and rounds < 5000:
+                while time.monotonic() < end and rounds < at_length(1500, 5000):
                     limit = slot.begun + chance.choice([0, 0, 1, 1, 2, 3, 5, 10, 30, 100, 300, 1000, 5000])
                     slot.limit(limit)
                     time.sleep(mirai.REVOKE_TIME)
@@ -9472,9 +9488,10 @@ class TestDispatcher(Case):
 
 
 class ByHand:
-    """A daemon that is started by hand: `python mirai.py daemon URL ...`."""
+    """A daemon that is started by hand: `python -m mirai daemon URL ...`; as `python mirai.py`, which is to be compiled
+    first, under MIRAI_LONG and where that is asked for."""
 
-    def __init__(self, url, *options, key=None, module=False, stdin=None, **more):
+    def __init__(self, url, *options, key=None, module=not MIRAI_LONG, stdin=None, **more):
         environ = {name: value for name, value in os.environ.items() if name != "MIRAI_KEY"}
         environ.update(PYTHONPATH=HERE, PYTHONDONTWRITEBYTECODE="1", **({} if key is None else {"MIRAI_KEY": key}))
         command = ["-m", "mirai"] if module else [FILE]
@@ -9831,6 +9848,8 @@ class TestDaemon(Case):
         while (message := peer.hear()) is not None:
             self.expect(message, self.K.RESULTS, 10)
             found += self.outcomes_of(message)
+        if not MIRAI_LONG:
+            peer.close()            # else it waits CLOSE_TIME for that
         self.assertEqual(found, [0, 1, 2, 3])
         self.assertEqual(one.status()[0], mirai.MAXTASKS)
 
@@ -9843,6 +9862,8 @@ class TestDaemon(Case):
                     self.assertEqual(self.answer(peer, task), task)
                 self.expect(peer.hear(), self.K.LEAVE, 2, why)
                 self.assertIsNone(peer.hear())
+                if not MIRAI_LONG:
+                    peer.close()        # else it waits CLOSE_TIME for that
                 self.assertEqual(one.status()[0], why)
 
     def test_an_item_is_cancelled_by_its_range_and_the_others_are_run(self):
@@ -9979,7 +10000,7 @@ class TestDaemon(Case):
                 self.assertEqual(one.status(), (0, ""))
 
     def test_between_hosts_it_waits_for_one_that_lets_it_in_or_until_it_has_idled_long_enough(self):
-        listener, one, peer = self.scripted("--autoexit", "false", "--idletime", "3", url="tcp://127.0.0.1:0")
+        listener, one, peer = self.scripted("--autoexit", "false", "--idletime", at_length("2", "3"), url="tcp://127.0.0.1:0")
         peer.close()
         listener.close()
         stranger = Listener(listener.url)       # another host, with a key of its own
@@ -10628,13 +10649,11 @@ class TestOptions(Case):
     def test_autoexit_false_ends_by_its_limits_while_no_host_is_there(self):
         url = f"tcp://127.0.0.1:{free_port()}"
         daemons(url=url, key=KEY)
-        for option, code in (("--idletime", 1), ("--walltime", 2)):
-            one = self.by_hand(url, "--autoexit", "false", option, "1", key=KEY)
-            joined(1)
-            daemons(0)
-            self.assertEqual(one.status(SOON)[0], code)
-            daemons(url=url, key=KEY)
+        ones = {code: self.by_hand(url, "--autoexit", "false", option, "1", key=KEY)
+                for option, code in (("--idletime", 1), ("--walltime", 2))}
+        joined(2)
         daemons(0)
+        self.assertEqual({code: one.status(SOON)[0] for code, one in ones.items()}, {1: 1, 2: 2})
 
     def test_setting_anew_at_the_same_url_keeps_those_that_persist(self):
         url = f"tcp://127.0.0.1:{free_port()}"
@@ -11004,15 +11023,17 @@ class TestOptions(Case):
                 self.assertNotEqual(outcome(mirai.mirai(os.getpid)), pid)
 
     def test_bad_options_are_told_at_once(self):
-        for error, options in ((ValueError, {"autoexit": "yes"}), (ValueError, {"cleanup": None}), (ValueError, {"output": 1}),
-                               (ValueError, {"asyncdial": "no"}), (ValueError, {"kill_after": 0}), (ValueError, {"kill_after": "1"}),
-                               (ValueError, {"maxtasks": 0}), (ValueError, {"rs": [1, 2]}), (ValueError, {"rs": "seed"}),
-                               (TypeError, {"clean_up": False}), (TypeError, {"auto_exit": None})):
-            name, = options
-            with self.subTest(**options), self.assertRaisesRegex(error, name):
+        bad = ((ValueError, {"autoexit": "yes"}), (ValueError, {"cleanup": None}), (ValueError, {"output": 1}),
+               (ValueError, {"asyncdial": "no"}), (ValueError, {"kill_after": 0}), (ValueError, {"kill_after": "1"}),
+               (ValueError, {"maxtasks": 0}), (ValueError, {"rs": [1, 2]}), (ValueError, {"rs": "seed"}),
+               (TypeError, {"clean_up": False}), (TypeError, {"auto_exit": None}))
+        for error, options in bad:
+            with self.subTest(**options), self.assertRaisesRegex(error, *options):
                 daemons(1, **options)
-            with self.subTest(**options), daemons(1), self.assertRaisesRegex(error, name):
-                launch_local(1, **options)
+        with daemons(1):
+            for error, options in bad:
+                with self.subTest(**options), self.assertRaisesRegex(error, *options):
+                    launch_local(1, **options)
         for options in (("--autoexit", "maybe"), ("--autoexit",), ("--cleanup",), ("--output", "yes")):
             with self.subTest(options):
                 self.assertEqual(self.by_hand("tcp://127.0.0.1:1", *options, key=KEY).status(SOON)[0], 64)
@@ -11459,7 +11480,7 @@ class TestNursery(Case):
                     threading.active_count(), sorted(os.listdir(mirai.runtime_dir())))
 
         first = None
-        for _ in range(30):
+        for _ in range(at_length(10, 30)):
             with daemons(2):
                 self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
             if first is None:
@@ -14377,7 +14398,7 @@ class TestMirai(Case):
     @unittest.skipIf(PYPY, "PyPy has no tracemalloc")
     def test_a_queued_task_takes_at_most_a_kilobyte_of_the_host_over_its_payload(self):
         import tracemalloc
-        n = 20_000
+        n = at_length(5_000, 20_000)
         with Gate() as gate, daemons(1):
             mirai.mirai(gate.enter)
             gate.arrived()
@@ -14397,7 +14418,7 @@ class TestMirai(Case):
 # -- 14. Link
 
 
-CANCELS = 10_000 if MIRAI_LONG else 1_500
+CANCELS = at_length(600, 10_000)
 
 
 class TestLink(Case):
@@ -14521,7 +14542,7 @@ class TestLink(Case):
             faulthandler.dump_traceback_later(25, exit=True)
             signal.signal(signal.SIGALRM, strike)
             signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0013)
-            end = time.monotonic() + 1.5
+            end = time.monotonic() + float(sys.argv[2])
             while time.monotonic() < end:
                 try:
                     armed = True
@@ -14546,7 +14567,7 @@ class TestLink(Case):
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(1)
             print(strikes > 50, len(kept) > 50, wrong[:3], alive, after, info.awaiting + info.executing, info.cumulative, flush=True)
-            """, str(others), timeout=30)
+            """, str(others), str(at_length(0.6, 1.5)), timeout=30)
 
     @unittest.skipIf(PYPY or sys.version_info < (3, 10), "this interpreter also runs signal handlers between a with block and its __exit__, "
                      "which can leave a lock taken")
@@ -14717,11 +14738,11 @@ class TestLink(Case):
             self.assertEqual(unresolved(ms), 0)
 
     def test_large_payloads_go_both_ways(self):
-        data = os.urandom(1 << 20) * 64
+        data = os.urandom(1 << 20) * at_length(20, 64)
         with daemons(1):
             there, back = mirai.mirai(lambda data: (len(data), data), data).result(LONG)
             self.assertEqual(there, len(data))
-            self.assertTrue(back == data, "64 MB came back changed")
+            self.assertTrue(back == data, "it came back changed")
             self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
 
     def test_large_payloads_at_once_from_several_threads_arrive(self):
@@ -14823,8 +14844,9 @@ class TestLink(Case):
                 self.assertEqual(host.line(), "kept 3 1")
 
     def test_forks_amid_busy_threads_find_no_lock_held(self):
+        forks = at_length(3, 6)
         done = run_python("""
-            import os, signal, threading, warnings
+            import os, signal, sys, threading, warnings
             warnings.simplefilter("ignore")
             import mirai
             mirai.daemons(2)
@@ -14841,7 +14863,7 @@ class TestLink(Case):
             for thread in threads:
                 thread.start()
             ends = []
-            for _ in range(6):
+            for _ in range(int(sys.argv[1])):
                 pid = os.fork()
                 if pid == 0:
                     signal.alarm(10)            # a child that hangs is killed by it
@@ -14857,8 +14879,8 @@ class TestLink(Case):
             for thread in threads:
                 thread.join()
             print(ends, wrong)
-            """)
-        self.assertEqual(done.stdout.strip(), "[0, 0, 0, 0, 0, 0] []", done.stderr)
+            """, str(forks))
+        self.assertEqual(done.stdout.strip(), f"{[0] * forks} []", done.stderr)
 
     def test_an_interpreter_ends_at_once_though_mirais_are_unresolved(self):
         for ending in ("", "import sys; sys.exit(0)", "m.add_done_callback(print)"):
@@ -15149,7 +15171,7 @@ class TestProfiles(Case):
             gc.collect()
             return {**Case._held(), "of the nursery": len(os.listdir(f"/proc/{nursery_pid()}/fd"))}
 
-        rounds = 200 if MIRAI_LONG else 40
+        rounds = at_length(12, 200)
         before = None
         for i in range(rounds + 3):
             daemons(2)
@@ -16745,7 +16767,7 @@ class TestMaps(Case):
             return x // (x % 100 - 50)
 
         expected = [x // (x % 100 - 50) if x % 100 != 50 else ZeroDivisionError for x in range(1000)]
-        for n, size in itertools.product((1, 3), (None, 1, 2, 7, 64, 999, 1000, 4096)):
+        for n, size in crossed((1, 3), (7, None, 1, 2, 64, 999, 1000, 4096)):
             with self.subTest(n=n, size=size), granting(size), daemons(n):
                 mp = mirai_map(range(1000), work)
                 self.assertEqual([getattr(m.exception(SOON), "__class__", None) is ZeroDivisionError for m in mp],
@@ -16753,18 +16775,20 @@ class TestMaps(Case):
                 self.assertEqual([ZeroDivisionError if mirai.is_mirai_error(v) else v for v in mp[:]], expected)
 
     def test_tiny_items_cost_a_fraction_of_one_task_each(self):
+        n = at_length(4_000, 20_000)
+
         def took(size):
             with granting(size), daemons(2):
                 mirai_map(range(100), operator.neg)[:]
                 begin = time.perf_counter()
-                self.assertEqual(mirai_map(range(20_000), operator.neg).results()[-1], -19_999)
+                self.assertEqual(mirai_map(range(n), operator.neg).results()[-1], 1 - n)
                 return time.perf_counter() - begin
 
         pairs = [(took(None), took(1)) for _ in range(3)]
         self.assertLess(min(a for a, _ in pairs), 0.5 * min(b for _, b in pairs), pairs)
 
     def test_a_long_item_holds_none_of_the_others_up_wherever_it_is(self):
-        for size, place in itertools.product((None, 64, 4096), (0, 5, 300, 1999)):
+        for size, place in crossed((None, 64, 4096), (0, 5, 300, 1999)):
             with self.subTest(size=size, place=place), Trace() as trace, Gate() as gate, granting(size), daemons(2):
                 mp = mirai_map(range(2000), _item, trace.path, gate.enter, (place,))
                 self.settled(mp, but=1)
@@ -17030,17 +17054,18 @@ class TestMaps(Case):
                 self.assertTrue(mp[5].cancelled())
 
     def test_cancels_at_random_moments_hit_their_own_item_and_no_other(self):
+        n = at_length(800, 1500)
         for size in (None, 16):
             with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
                 chance, said, place = random.Random(3), {}, 0
-                mp = mirai_map(range(1500), _item, trace.path, seconds=0.0005)
-                while place < 1450:
+                mp = mirai_map(range(n), _item, trace.path, seconds=0.0005)
+                while place < n - 50:
                     near = place + chance.choice((0, 0, 1, 1, 2, 3, 5, 8, 30))      # runs, was granted, or waits
                     if near not in said:
                         said[near] = mp[near].cancel()
                     place += chance.randrange(6)
                     wait_until(mp[place].done, 10)
-                    while mp[place].done() and place < 1450:
+                    while mp[place].done() and place < n - 50:
                         place += 1
                 self.settled(mp)
                 for i, m in enumerate(mp):
@@ -17048,9 +17073,9 @@ class TestMaps(Case):
                         self.assertIs(type(m.data), MiraiCancelled)
                     else:
                         self.assertEqual(m.data, 2 * i)
-                self.assertGreater(sum(said.values()), 50)
+                self.assertGreater(sum(said.values()), at_length(25, 50))
                 self.assertEqual(max(trace.begun().values()), 1)
-                self.assertLessEqual({i for i in range(1500) if not said.get(i)}, set(trace.ended()))
+                self.assertLessEqual({i for i in range(n) if not said.get(i)}, set(trace.ended()))
                 self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
 
     def test_stop_ends_a_map_and_its_daemons_are_free_at_once(self):
@@ -17116,7 +17141,7 @@ class TestMaps(Case):
                 self.assertLessEqual(set(trace.begun()), set(range(52)))
 
     def test_an_item_that_ends_its_daemon_runs_again_as_often_as_its_retries_allow_and_no_other_does(self):
-        for size, retries, deaths in itertools.product((None, 64), (0, 1, 2), (1, 2)):
+        for size, retries, deaths in [(size, *most) for size, most in crossed((None, 64), [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2)])]:
             with self.subTest(size=size, retries=retries, deaths=deaths), Trace() as trace, granting(size), daemons(2):
                 deadly = (0, 33, 34, 99)
                 mp = mirai_map(range(100), _deadly_at_first, trace.path, deadly, deaths, _retries=retries)
@@ -17132,7 +17157,7 @@ class TestMaps(Case):
     # -- daemons that die, join and leave
 
     def test_of_ten_thousand_items_ten_end_their_daemon_and_exactly_those_are_19s(self):
-        for size in (None, 256):
+        for size in at_length((256,), (None, 256)):
             places = random.Random(4).sample(range(10_000), 10)
             ways = dict(zip(places, itertools.cycle(HOW_IT_SHOWS)))
             with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
@@ -17147,7 +17172,7 @@ class TestMaps(Case):
                 wait_until(lambda: info().connections == 2, 10, "the daemons' being back")
 
     def test_deaths_side_by_side_and_at_both_ends_cost_themselves_alone(self):
-        for size, deadly in itertools.product((None, 64, 4096), ((0,), (99,), (0, 1, 2), (49, 50, 51, 52), tuple(range(90, 100)))):
+        for size, deadly in crossed((None, 64, 4096), ((0,), (99,), (0, 1, 2), (49, 50, 51, 52), tuple(range(90, 100)))):
             with self.subTest(size=size, deadly=deadly), Trace() as trace, granting(size), daemons(2):
                 mp = mirai_map(range(100), _deadly, trace.path, dict.fromkeys(deadly, "SIGKILL"))
                 self.settled(mp)
@@ -17180,10 +17205,11 @@ class TestMaps(Case):
                 self.assertEqual(trace.begun(), collections.Counter(range(300)))
 
     def test_daemons_killed_at_random_moments_lose_an_item_each_at_most_and_nothing_runs_twice(self):
+        n = at_length(1500, 3000)
         for size in (None, 16):
             with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
                 chance = random.Random(5)
-                mp = mirai_map(range(3000), _item, trace.path, seconds=0.0005)
+                mp = mirai_map(range(n), _item, trace.path, seconds=0.0005)
                 kills = 0
                 while unresolved(mp) > 300 and kills < 20:
                     before = unresolved(mp)
@@ -17197,9 +17223,9 @@ class TestMaps(Case):
                 begun, ended = trace.begun(), trace.ended()
                 lost = [i for i, m in enumerate(mp) if type(m.data) is MiraiConnectionReset]
                 self.assertLessEqual(len(lost), kills)
-                self.assertEqual([m.data for i, m in enumerate(mp) if i not in lost], [2 * i for i in range(3000) if i not in lost])
+                self.assertEqual([m.data for i, m in enumerate(mp) if i not in lost], [2 * i for i in range(n) if i not in lost])
                 self.assertEqual(max(begun.values()), 1, "an item that ran twice")
-                self.assertLessEqual(set(range(3000)) - set(ended), set(lost), "an item with a value that never ended")
+                self.assertLessEqual(set(range(n)) - set(ended), set(lost), "an item with a value that never ended")
 
     def test_daemons_of_three_tasks_each_carry_a_map_through(self):
         for size in (None, 64):
@@ -17399,7 +17425,7 @@ class TestMaps(Case):
                         self.assertEqual(value, i)
 
     def test_an_item_that_strikes_where_it_is_unpickled_costs_itself_alone(self):
-        for size, how in itertools.product((None, 64), ("exception", "sys.exit", "os._exit", "segfault")):
+        for size, how in crossed((None, 64), ("exception", "sys.exit", "os._exit", "segfault")):
             with self.subTest(size=size, how=how), granting(size), daemons(2):
                 items = [_Ugly("unpickle", how) if i in (11, 12, 40) else i for i in range(100)]
                 mp = mirai_map(items, lambda x: x)
@@ -17412,7 +17438,7 @@ class TestMaps(Case):
                 self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
 
     def test_an_item_whose_result_strikes_where_it_is_pickled_costs_itself_alone(self):
-        for size, how in itertools.product((None, 64), ("exception", "sys.exit", "os._exit", "segfault")):
+        for size, how in crossed((None, 64), ("exception", "sys.exit", "os._exit", "segfault")):
             with self.subTest(size=size, how=how), granting(size), daemons(2):
                 mp = mirai_map(range(100), lambda x: _Ugly("pickle", how) if x in (11, 12, 40) else x)
                 self.settled(mp)
@@ -17423,7 +17449,7 @@ class TestMaps(Case):
                         self.assertEqual(value, i)
 
     def test_a_result_that_cant_be_unpickled_is_the_error_of_its_item_alone(self):
-        for size, how in itertools.product((None, 64), ("exception", "sys.exit")):
+        for size, how in crossed((None, 64), ("exception", "sys.exit")):
             with self.subTest(size=size, how=how), granting(size), daemons(2):
                 mp = mirai_map(range(100), lambda x: _Ugly("unpickle", how) if x in (11, 12, 40) else x)
                 self.settled(mp)
@@ -17449,12 +17475,13 @@ class TestMaps(Case):
         def check(x):
             return len(x), x[0], x[-1], x.count(x[0])
 
-        items = [bytes([i]) * 1_000_000 for i in range(40)]
+        n = at_length(16, 40)
+        items = [bytes([i]) * 1_000_000 for i in range(n)]
         for size in (None, 16):
             with self.subTest(size=size), granting(size), daemons(2):
-                self.assertEqual(mirai_map(items, check)[:], [(1_000_000, i, i, 1_000_000) for i in range(40)])
-                self.assertEqual(mirai_map(range(40), lambda i: bytes([i]) * 1_000_000)[:], items)
-                mixed = [b"x" * (5_000_000 if i % 25 == 3 else 3) for i in range(100)]
+                self.assertEqual(mirai_map(items, check)[:], [(1_000_000, i, i, 1_000_000) for i in range(n)])
+                self.assertEqual(mirai_map(range(n), lambda i: bytes([i]) * 1_000_000)[:], items)
+                mixed = [b"x" * (5_000_000 if i % 25 == 3 else 3) for i in range(at_length(40, 100))]
                 self.assertEqual(mirai_map(mixed, lambda x: x + b"y")[:], [x + b"y" for x in mixed])
 
     # -- constants
@@ -17475,14 +17502,15 @@ class TestMaps(Case):
             daemons(0)
 
     def test_a_hundred_megabytes_as_a_constant_of_a_thousand_items_take_no_longer_than_four_copies(self):
-        ballast = bytes(100_000_000)
+        size = at_length(30_000_000, 100_000_000)
+        ballast = bytes(size)
         with daemons(4):
             begin = time.monotonic()
-            self.assertEqual(mirai.mirai(len, ballast).result(SOON), 100_000_000)
+            self.assertEqual(mirai.mirai(len, ballast).result(SOON), size)
             one = time.monotonic() - begin
             begin = time.monotonic()
             mp = mirai_map(range(1000), lambda x, data: x + len(data), ballast)
-            self.assertEqual(mp[:], list(range(100_000_000, 100_001_000)))
+            self.assertEqual(mp[:], list(range(size, size + 1000)))
             took = time.monotonic() - begin
         self.assertLess(took, max(12 * one, 5.0), f"one copy took {one:.2f} s")
 
@@ -17949,13 +17977,13 @@ class TestMaps(Case):
 
     def test_a_map_that_is_dropped_leaves_nothing_in_the_host(self):
         done = run_python("""
-            import gc, os, mirai
+            import gc, os, sys, mirai
             def size():
                 with open("/proc/self/statm") as file:
                     return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
             with mirai.daemons(2):
                 sizes = []
-                for i in range(15):
+                for i in range(int(sys.argv[1])):
                     mp = mirai.mirai_map([b"x" * 50_000] * 200, bytes.upper)
                     if i % 2:
                         assert mp.results()[-1][:1] == b"X"
@@ -17966,10 +17994,10 @@ class TestMaps(Case):
                     gc.collect()
                     sizes.append(size())
                 print(sizes[4], max(sizes[4:]))
-            """, timeout=SOON)
+            """, str(at_length(11, 15)), timeout=SOON)
         self.assertEqual(done.returncode, 0, done.stderr)
         base, most = map(int, done.stdout.split())
-        self.assertLess(most - base, 40, "MB; kept results would be 100")
+        self.assertLess(most - base, 40, "MB; kept results would be 60 and more")
 
     def test_items_of_a_map_that_is_dropped_run_all_the_same(self):
         for size in (None, 64):
@@ -18065,7 +18093,7 @@ class TestMaps(Case):
                     gate.open()
             return found
 
-        for size, lazy in itertools.product((None, 64), (False, True)):
+        for size, lazy in crossed((None, 64), (False, True)):
             with self.subTest(size=size, lazy=lazy), Gate() as gate, granting(size), daemons(2):
                 mp = mirai_map(iter(range(100)) if lazy else range(100), _held, gate.enter, (3,))
                 found = asyncio.run(asyncio.wait_for(main(mp, gate), SOON))
@@ -18170,10 +18198,11 @@ class TestMaps(Case):
                 self.assertEqual([m.result() for m in mp], found)       # and again
 
     def test_two_maps_at_once_from_two_threads_keep_apart(self):
+        rounds = at_length(2, 3)
         for size in (None, 64):
             with self.subTest(size=size), granting(size), daemons(2):
-                found = _at_once(2, lambda k: [mirai_map(range(3000), lambda x, k: (k, x), k).results() for _ in range(3)])
-                self.assertEqual(found, [[[(k, x) for x in range(3000)]] * 3 for k in range(2)])
+                found = _at_once(2, lambda k: [mirai_map(range(3000), lambda x, k: (k, x), k).results() for _ in range(rounds)])
+                self.assertEqual(found, [[[(k, x) for x in range(3000)]] * rounds for k in range(2)])
 
     def test_eight_threads_wait_for_one_map_and_cancel_in_it(self):
         with Trace() as trace, granting(None), daemons(2):
@@ -19016,10 +19045,11 @@ class TestDefinitions(Case):
 
     def test_a_hundred_megabytes_that_a_function_closes_over_go_to_each_daemon_once(self):
         """Each daemon has one object of these bytes, for all its tasks."""
-        data = os.urandom(100_000_000)
+        size = at_length(30_000_000, 100_000_000)
+        data = os.urandom(size)
 
         def f(i):
-            return os.getpid(), id(data), i, data[::10_000_000]
+            return os.getpid(), id(data), i, data[::size // 10]
         with daemons(4):
             start = time.monotonic()
             found = [m.result(LONG) for m in [mirai.mirai(f, i) for i in range(1000)]]
@@ -19027,7 +19057,7 @@ class TestDefinitions(Case):
             found += [mirai.mirai(f, i).result(LONG) for i in range(20)]        # one by one, with none in between
             self.assertEqual([i for _, _, i, _ in found], [*range(1000), *range(1000), *range(20)])
             self.assertEqual(len({pid for pid, _, _, _ in found}), len({(pid, at) for pid, at, _, _ in found}))
-            self.assertEqual({seen for _, _, _, seen in found}, {data[::10_000_000]})
+            self.assertEqual({seen for _, _, _, seen in found}, {data[::size // 10]})
             self.assertLess(time.monotonic() - start, 60)
 
     @needs("numpy")
@@ -19883,15 +19913,16 @@ class TestCommandLine(Case):
             self.assertEqual(left, [])
 
     def test_wrong_usage_is_exit_status_64_and_help_is_help(self):
+        command, env = at_length(["-m", "mirai"], [FILE]), {**os.environ, "PYTHONPATH": HERE}     # compiled already, as a module
         for arguments in ((), ("daemom",), ("daemon",), ("daemon", "URL"), ("daemon", "-n", "0", "tcp://127.0.0.1:1"),
                           ("daemon", "--maxtasks", "0", "tcp://127.0.0.1:1")):
-            done = _run([sys.executable, FILE, *arguments])
+            done = _run([sys.executable, *command, *arguments], env=env)
             self.assertEqual((done.returncode, done.stdout), (64, ""), f"{arguments}: {done.stderr}")
             self.assertTrue(done.stderr and "Traceback" not in done.stderr, done.stderr)
         done = _run([sys.executable, FILE, "--help"])
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertTrue("daemon" in done.stdout and "demo" in done.stdout)
-        self.assertIn("URL", _run([sys.executable, FILE, "daemon", "--help"]).stdout)
+        self.assertIn("URL", _run([sys.executable, *command, "daemon", "--help"], env=env).stdout)
 
     def test_the_quick_start_runs_as_a_file_at_the_prompt_and_on_the_command_line(self):
         readme = os.path.join(HERE, "README.md")
@@ -20019,36 +20050,46 @@ class _Result(unittest.TextTestResult):
 
     classes: dict = {}      # name -> seconds of the clock, user, system: the preparations and the end of a class included
 
+    durations = 0               # how many tests to name
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.tests = []         # (seconds, test's name)
+        self.tests = []         # (seconds, of processors, test's name)
 
     def startTest(self, test):
         super().startTest(test)
-        self._started = time.monotonic()
+        self._started = self._now()
 
     def stopTest(self, test):
-        self.tests.append((time.monotonic() - self._started, test.id().partition(".")[2]))
+        seconds, busy = (after - before for before, after in zip(self._started, self._now()))
+        self.tests.append((seconds, busy, test.id().partition(".")[2]))
         super().stopTest(test)
+
+    def _now(self):
+        """Seconds: of the clock, and of processors in this process, its descendants and those that have ended."""
+        ticks = 0
+        for pid in [os.getpid(), *family_of(os.getpid())] if self.durations else ():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+                ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:15]))
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK")
 
     def addSkip(self, test, reason):
         super().addSkip(test, reason)
         self.stream.writeln(f"skipped {test}: {reason}")
 
-    def print_durations(self, count):
-        print(f"The {count} slowest tests, in seconds:")
-        for seconds, name in sorted(self.tests, reverse=True)[:count]:
-            print(f"{seconds:9.2f}  {name}")
+    def print_durations(self):
+        print(f"The {self.durations} slowest tests, in seconds, and of processors")
+        for seconds, busy, name in sorted(self.tests, reverse=True)[:self.durations]:
+            print(f"{seconds:9.2f} {busy:9.2f}  {name}")
         print("The classes, in seconds, and of processors: user, system")
         for name, (clock, user, system) in sorted(self.classes.items(), key=lambda item: -item[1][0]):
             print(f"{clock:9.2f} {user:9.2f} {system:9.2f}  {name}")
 
 
 def main(arguments):
-    durations = 0
     if "--durations" in arguments:
         at = arguments.index("--durations")
-        durations, arguments = int(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
+        _Result.durations, arguments = int(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
     verbose = "-v" in arguments
     names = [a for a in arguments if not a.startswith("-")]
     loader = unittest.TestLoader()
@@ -20058,8 +20099,8 @@ def main(arguments):
     suite = loader.loadTestsFromNames(names, module) if names else unittest.TestSuite(
         map(loader.loadTestsFromTestCase, classes))
     result = unittest.TextTestRunner(verbosity=2 if verbose else 1, resultclass=_Result).run(suite)
-    if durations:
-        result.print_durations(durations)
+    if result.durations:
+        result.print_durations()
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
     passed = max(0, result.testsRun - failed - len(result.skipped))
     print(f"{passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
