@@ -10056,7 +10056,7 @@ class TestDaemon(Case):
                 key = os.urandom(32)
                 one = self.by_hand(url, "--asyncdial", key=key.hex())
                 with self.assertRaises(subprocess.TimeoutExpired):
-                    one.process.wait(0.5)
+                    one.process.wait(at_length(0.3, 0.5))
                 listener = Listener(url, key)
                 self.addCleanup(listener.close)
                 peer = self.accepted(listener)
@@ -12152,11 +12152,10 @@ class TestLaunchers(MachinesCase):
             self.assertFalse(watcher.saw(key.encode()), "the key was in an argument")
 
     def test_what_is_pasted_works_in_shells_and_shows_no_secret(self):
-        for shell in ("bash", "dash", "tcsh", "zsh", "ksh"):
-            if shutil.which(shell):
-                for url in ("tcp://127.0.0.1:0", "tcp://[::1]:0", host_url(tls=True)):
-                    with self.subTest(shell=shell, url=url):
-                        self._pasted(shell, url)
+        shells = [*filter(shutil.which, ("bash", "dash", "tcsh", "zsh", "ksh"))]
+        for shell, url in crossed(shells, ("tcp://127.0.0.1:0", "tcp://[::1]:0", host_url(tls=True))):
+            with self.subTest(shell=shell, url=url):
+                self._pasted(shell, url)
 
     @needs_command("tcsh")
     def test_what_is_pasted_works_in_a_c_shell(self):
@@ -12924,15 +12923,14 @@ class TestNetwork(NetworkCase):
 
     def test_daemons_serve_at_every_kind_of_url_with_and_without_a_dispatcher(self):
         hosts = ["127.0.0.1", "::1", "localhost", *own_addresses(), socket.gethostname()]
-        for scheme in ("tcp", "tls+tcp") if shutil.which("openssl") else ("tcp",):
-            for host in hosts:
-                for dispatcher in (True, False):
-                    with self.subTest(scheme=scheme, host=host, dispatcher=dispatcher), \
-                            daemons(2, url=at(host, scheme), dispatcher=dispatcher):
-                        url = mirai.parse_url(status()["daemons"])
-                        self.assertEqual((url.scheme, url.host), (scheme, host))
-                        self.assertGreater(url.port, 0)
-                        self.check_map(200)
+        schemes = ("tcp", "tls+tcp") if shutil.which("openssl") else ("tcp",)
+        for host, (scheme, dispatcher) in crossed(hosts, [*itertools.product(schemes, (True, False))]):
+            with self.subTest(scheme=scheme, host=host, dispatcher=dispatcher), \
+                    daemons(2, url=at(host, scheme), dispatcher=dispatcher):
+                url = mirai.parse_url(status()["daemons"])
+                self.assertEqual((url.scheme, url.host), (scheme, host))
+                self.assertGreater(url.port, 0)
+                self.check_map(200)
 
     def test_a_url_of_all_addresses_is_reached_at_each_of_them(self):
         for scheme in ("tcp", "tls+tcp") if shutil.which("openssl") else ("tcp",):
@@ -13057,7 +13055,7 @@ class TestNetwork(NetworkCase):
                 found = [mirai.mirai(divmod, i, 7) for i in range(20)]
                 if how in ("drop", "reorder"):      # what is missing is noticed with what comes next, and that may be nothing
                     with contextlib.suppress(AssertionError):
-                        wait_until(lambda: info().connections == 0, 1.0)
+                        wait_until(lambda: info().connections == 0, at_length(0.3, 1.0))
                     ended = info().connections == 0
                 else:
                     ended = wait_until(lambda: info().connections == 0, 20.0, f"the end of a connection with {how} {direction}")
@@ -13293,20 +13291,19 @@ class TestNetwork(NetworkCase):
     # -- daemons that come again, wait, come and go
 
     def test_daemons_that_wait_serve_the_next_host_at_the_same_url_and_key(self):
-        for scheme in ("tls+tcp", "tcp") if shutil.which("openssl") else ("tcp",):
-            for host in ("127.0.0.1", own_address()):
-                url, key = at(host, scheme, free_port()), os.urandom(32).hex()
-                with self.subTest(url=url):
-                    daemon = self.by_hand(url, key, "--autoexit", "false", "--asyncdial")
-                    for _ in range(3):
-                        with daemons(url=url, key=key):
-                            joined(1)
-                            self.assertEqual(mirai.mirai(os.getpid).result(LONG), daemon.pid)
-                            self.check_map(100)
-                    daemons(url=url, key=key)
-                    joined(1)
-                    daemons(None)
-                    self.assertEqual(daemon.status(10.0)[0], 0)
+        for scheme, host in crossed(("tls+tcp", "tcp") if shutil.which("openssl") else ("tcp",), ("127.0.0.1", own_address())):
+            url, key = at(host, scheme, free_port()), os.urandom(32).hex()
+            with self.subTest(url=url):
+                daemon = self.by_hand(url, key, "--autoexit", "false", "--asyncdial")
+                for _ in range(3):
+                    with daemons(url=url, key=key):
+                        joined(1)
+                        self.assertEqual(mirai.mirai(os.getpid).result(LONG), daemon.pid)
+                        self.check_map(100)
+                daemons(url=url, key=key)
+                joined(1)
+                daemons(None)
+                self.assertEqual(daemon.status(10.0)[0], 0)
 
     def test_a_host_that_is_killed_is_followed_by_the_next(self):
         url, key = at("127.0.0.1", "tls+tcp", free_port()), os.urandom(32).hex()
@@ -13342,31 +13339,33 @@ class TestNetwork(NetworkCase):
         """They leave after so many tasks, and others come, while a map runs."""
         key, folder = os.urandom(32).hex(), self.folder()
         path = os.path.join(folder, "ran")
+        n, most = at_length((4_000, 400), (10_000, 900))
         url = at(own_address())
         with daemons(url=url, key=key):
             at_ = status()["daemons"]
-            found = mirai_map(range(10_000), _note_in, path)
+            found = mirai_map(range(n), _note_in, path)
             left = []
-            crowd = [self.by_hand(at_, key, "--maxtasks", str(random.randrange(300, 900))) for _ in range(2)]
+            crowd = [self.by_hand(at_, key, "--maxtasks", str(random.randrange(most // 3, most))) for _ in range(2)]
             while not all(m.done() for m in found):
                 for each in list(crowd):
                     if each.process.poll() is not None:
                         crowd.remove(each)
                         left.append(each.status(LONG)[0])
-                        crowd.append(self.by_hand(at_, key, "--maxtasks", str(random.randrange(300, 900))))
+                        crowd.append(self.by_hand(at_, key, "--maxtasks", str(random.randrange(most // 3, most))))
                 time.sleep(0.01)        # how often to look; nothing waits for it
-            self.assertEqual(found.results(), list(range(10_000)))
+            self.assertEqual(found.results(), list(range(n)))
             self.assertGreater(len(left), 5)
             self.assertEqual(set(left), {3})
         with open(path) as file:
             ran = list(map(int, file))
-        self.assertEqual(sorted(ran), list(range(10_000)))
+        self.assertEqual(sorted(ran), list(range(n)))
 
     def test_daemons_are_killed_while_a_map_runs_and_nothing_runs_twice_or_comes_back_wrong(self):
+        n = at_length(6_000, 20_000)
         key, path = os.urandom(32).hex(), os.path.join(self.folder(), "ran")
         with daemons(url=at(own_address()), key=key):
             at_ = status()["daemons"]
-            found = mirai_map(range(20_000), _note_in, path)
+            found = mirai_map(range(n), _note_in, path)
             kills = 0
             while not all(m.done() for m in found):
                 with ByHand(at_, key=key), ByHand(at_, key=key) as second:
@@ -13378,12 +13377,12 @@ class TestNetwork(NetworkCase):
                     wait_until(lambda: second.process.poll() is not None)
         values = [m.data for m in found]
         lost = [i for i, value in enumerate(values) if isinstance(value, MiraiConnectionReset)]
-        self.assertEqual([value for i, value in enumerate(values) if i not in set(lost)], [i for i in range(20_000) if i not in set(lost)])
+        self.assertEqual([value for i, value in enumerate(values) if i not in set(lost)], [i for i in range(n) if i not in set(lost)])
         self.assertGreaterEqual(kills, 1)
         with open(path) as file:
             ran = list(map(int, file))
         self.assertEqual(len(ran), len(set(ran)))
-        self.assertLessEqual(set(range(20_000)) - set(ran), set(lost))
+        self.assertLessEqual(set(range(n)) - set(ran), set(lost))
 
     @takes_long
     def test_a_daemon_that_is_stopped_for_long_is_waited_for(self):
@@ -13425,10 +13424,11 @@ class TestNetwork(NetworkCase):
 
     @needs_service("netns")
     def test_three_machines_serve_a_host_by_tls_and_by_sealed_frames(self):
-        process = self._on_head(self.ON_NODES + """
+        process = self._on_head(self.ON_NODES + f"""
+        n = {at_length(3, 6)}
         for tls in (True, False):
-            with daemons(6, url=host_url(tls=tls), remote=on("n1", "n2", "n3")):
-                while info().connections < 6:
+            with daemons(n, url=host_url(tls=tls), remote=on("n1", "n2", "n3")):
+                while info().connections < n:
                     time.sleep(0.01)
                 print(mirai_map(range(1000), divmod, 7).results() == [divmod(x, 7) for x in range(1000)],
                       sorted(set(everywhere("__import__('socket').gethostname()").results())), status()["daemons"].split(":")[:2])
@@ -13447,8 +13447,9 @@ class TestNetwork(NetworkCase):
             file.write(text)
         return folder
 
-    def _cut(self, folder, seconds, way="cut n1", last=None):
-        """Tasks are resolved in so many seconds, and the daemon has ended after `last` of them."""
+    def _cut(self, folder, seconds, way="cut n1", last=None, tls=(True, False)):
+        """Tasks are resolved in so many seconds, and the daemon has ended after `last` of them; by TLS, and by sealed
+        frames."""
         last = last or seconds
         process = self._on_head(self.ON_NODES + f"""
         def there(pid):
@@ -13457,7 +13458,7 @@ class TestNetwork(NetworkCase):
                     return file.read().rpartition(")")[2].split()[0] not in "ZX"
             except OSError:
                 return False
-        for tls in (True, False):
+        for tls in {tls}:
           try:
             with daemons(2, url=host_url(tls=tls), remote=on("n1", "n2")):
                 while info().connections < 2:
@@ -13486,7 +13487,7 @@ class TestNetwork(NetworkCase):
             subprocess.run(["bash", netns_script(), "heal", "n1"], check=True, timeout=LONG)
         lines = said.splitlines()
         found = [line for line in lines if line.startswith("[")]
-        self.assertEqual(found[::2], ["[0, 19] True True"] * 2, said)      # the other's goes on
+        self.assertEqual(found[::2], ["[0, 19] True True"] * len(tls), said)      # the other's goes on
         for line in found[1::2]:
             self.assertRegex(line, r"daemon \d+ on n1 .*(did not answer|timed out)")
         for line in lines:
@@ -13495,12 +13496,12 @@ class TestNetwork(NetworkCase):
 
     @needs_service("netns")
     def test_a_link_that_is_cut_resolves_its_tasks_and_the_daemon_ends(self):
-        self._cut(self._hastened(6.0), 8.0)
+        self._cut(self._hastened(6.0), 8.0, tls=at_length((True,), (True, False)))
 
     @needs_service("netns")
     def test_a_link_that_loses_everything_one_way_resolves_its_tasks(self):
         # until the host has given up, the daemon hears from it
-        self._cut(self._hastened(6.0), 9.0, "drop n1 out", 18.0)
+        self._cut(self._hastened(6.0), 9.0, "drop n1 out", 18.0, at_length((False,), (True, False)))
 
     @takes_long
     @needs_service("netns")
@@ -17950,7 +17951,7 @@ class TestMaps(Case):
             for pid in found:
                 found += [child for child, parent in parents.items() if parent == pid]
             return found
-        n, ballast = int(sys.argv[1]), 300
+        n, ballast = map(int, sys.argv[1:])
         with mirai.daemons(2):
             pids, most, base, seen = None, {}, {}, 0
             for m in mirai.mirai_map((b"%d" % i + b"x" * ballast for i in range(n)), bytes.upper):
@@ -17966,9 +17967,9 @@ class TestMaps(Case):
         """
 
     def test_a_map_over_a_generator_keeps_memory_flat(self):
-        n = 1_000_000 if MIRAI_LONG else 200_000
+        n, ballast = at_length((60_000, 1_000), (1_000_000, 300))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        done = run_python(self.MEMORY, str(n), timeout=LONG if n < 1_000_000 else 4 * LONG)
+        done = run_python(self.MEMORY, str(n), str(ballast), timeout=LONG if n < 1_000_000 else 4 * LONG)
         self.assertEqual(done.returncode, 0, done.stderr)
         seen, most, host = map(int, done.stdout.split())        # kept items or results would be 54 MB and more
         self.assertEqual(seen, n)
