@@ -641,6 +641,8 @@ class Decoder:
             start = at + HEADER.size
             if start <= len(buffer):
                 length, version, kind, flags, id = HEADER.unpack_from(buffer, at)
+                if version != WIRE_VERSION and buffer[at] == 0x16 and buffer[at + 1] == 3:
+                    raise ProtocolError("it speaks TLS: tls+tcp:// has to be on both sides, or on none")
                 if version != WIRE_VERSION:
                     raise ProtocolError(f"wire version {version} met {WIRE_VERSION}: not mirai, or another version")
                 if self.limit is not None and length > self.limit:
@@ -2064,12 +2066,12 @@ def explain_unserializable(obj: Any, root: str, error: BaseException, hooks: Map
 
 def _reduced_parts(obj: Any) -> list[tuple[str, Any]]:
     """None where it says itself that it can't be."""
-    args: tuple[Any, ...]
-    args, state = (), None
+    reduced: Any = (None, ())
     with contextlib.suppress(Exception):
-        args, state, *_ = (*obj.__reduce_ex__(4)[1:3], None)
-    return [*((f" (argument {i} of its __reduce__)", value) for i, value in enumerate(args)),
-            *((f".{name}", value) for name, value in (state.items() if isinstance(state, dict) else ()))]
+        reduced = obj.__reduce_ex__(4)
+    state = reduced[2] if len(reduced) > 2 and isinstance(reduced[2], dict) else {}
+    return [*((f" (argument {i} of its __reduce__)", value) for i, value in enumerate(reduced[1])),
+            *((f".{name}", value) for name, value in state.items())]
 
 
 def _has_own_state(kind: type) -> bool:
@@ -2554,7 +2556,7 @@ def dump_failure(error: BaseException) -> bytes:
                                 isinstance(error, KeyboardInterrupt)))
 
 
-def _bare(error: Exception, attributes: Mapping[str, Any]) -> Exception:
+def _bare(error: BaseException, attributes: Mapping[str, Any]) -> BaseException:
     """It, with those attributes alone."""
     import copy
     twin = copy.copy(error)
@@ -3328,8 +3330,10 @@ def parse_url(url: str) -> Address:
     if scheme not in ("tcp", "tls+tcp"):
         raise ValueError(f"{url!r} has the unknown scheme {scheme!r}: {right}")
     host, separator, port = rest.rpartition(":")
-    if not separator or not (port.isascii() and port.isdigit()) or int(port) > 65535 or not host.strip("[]"):
+    if not separator or not port or not host.strip("[]"):
         raise ValueError(f"{url!r} lacks a host or a port: {right}")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ValueError(f"{url!r}: {port!r} is no port, 0 to 65535: {right}")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(f"{url!r}: an IPv6 address goes in brackets: {right}")
     return Address(scheme, host.strip("[]"), int(port))
@@ -3342,18 +3346,22 @@ def format_url(address: Address) -> str:
     return f"{address.scheme}://{host}:{address.port}"
 
 
+_WILDCARDS = ("*", "0.0.0.0", "::")
+
+
 def is_local(address: Address) -> bool:
     """Whether nobody beyond this machine can get there."""
     return address.scheme == "ipc" or _is_loopback(address.host)
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("::1", "localhost") or str(host).startswith(("127.", "::ffff:127."))
+    bare = host[7:] if host.startswith("::ffff:") else host
+    return host in ("::1", "localhost") or (bare.startswith("127.") and bare.replace(".", "").isdigit())
 
 
 def _is_this_machine(host: str) -> bool:
     """Whether it stands for all of this machine's addresses."""
-    return host in ("*", "0.0.0.0", "::") or host.lower() == socket.gethostname().lower()
+    return host in _WILDCARDS or host.lower() == socket.gethostname().lower()
 
 
 class HostURL(str):
@@ -3412,15 +3420,17 @@ def _interface_addresses() -> list[tuple[str, str]]:
 
 def nearby(address: Address) -> str:
     """The URL by which this machine itself gets there."""
-    return format_url(address._replace(host="127.0.0.1") if _is_this_machine(address.host) else address)
+    named = address.scheme == "tls+tcp" and address.host not in _WILDCARDS      # its certificate may say that name
+    return format_url(address._replace(host="127.0.0.1") if _is_this_machine(address.host) and not named else address)
 
 
 def reach(address: Address) -> list[str]:
     """The URLs by which another machine may get to who listens there, one of which will work."""
     if is_local(address) or not _is_this_machine(address.host):
         return [format_url(address)]
-    own = [] if address.host in ("*", "0.0.0.0", "::") else [address.host]
-    return [format_url(address._replace(host=host)) for host in (*own, *_interfaces().values())]
+    own = [] if address.host in _WILDCARDS else [address.host]
+    hosts = [host for host in _interfaces().values() if address.host != "0.0.0.0" or ":" not in host]
+    return [format_url(address._replace(host=host)) for host in (*own, *hosts)]
 
 
 def runtime_dir() -> str:
@@ -3450,15 +3460,15 @@ def local_url(tcp: bool = False, port: int = 0) -> str:
     return f"tcp://127.0.0.1:{port}"            # the key keeps others out there as well
 
 
-def parse_key(key: str | bytes) -> bytes:
+def parse_key(key: str | bytes, what: str = "key") -> bytes:
     """32 bytes, or the 64 hexadecimal digits of them."""
     if isinstance(key, str):
         try:
             key = bytes.fromhex(key.strip())
         except ValueError:
-            raise ValueError("a key as text is 64 hexadecimal digits") from None
+            raise ValueError(f"{what}: a key as text is 64 hexadecimal digits") from None
     if len(key) != 32:
-        raise ValueError(f"a key has 32 bytes (64 hexadecimal digits), not {len(key)}")
+        raise ValueError(f"{what}: a key has 32 bytes (64 hexadecimal digits), not {len(key)}")
     return key
 
 
@@ -3484,7 +3494,8 @@ def _passing_over() -> contextlib.suppress:
 def find_key(*urls: str) -> bytes:
     """The key for a URL: MIRAI_KEY, or the key file of this user's own profile there; Refused where there is none."""
     if "MIRAI_KEY" in os.environ:
-        return parse_key(os.environ["MIRAI_KEY"])
+        return parse_key(os.environ["MIRAI_KEY"], "MIRAI_KEY")
+    urls = (*urls, *(url.replace("//localhost:", "//127.0.0.1:") for url in urls))
     with contextlib.suppress(OSError):
         directory = runtime_dir()
         paths = [os.path.join(directory, name) for name in os.listdir(directory) if name.endswith(".key")]
@@ -3541,8 +3552,8 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
 def _bind_tcp(address: Address) -> socket.socket:
     if not _is_this_machine(address.host):
         family, where = _resolve(address)[0]
-        return socket.create_server(where[:2], family=family, backlog=LISTEN_BACKLOG)
-    if socket.has_dualstack_ipv6():
+        return socket.create_server(where, family=family, backlog=LISTEN_BACKLOG)
+    if socket.has_dualstack_ipv6() and address.host != "0.0.0.0":
         with contextlib.suppress(OSError):          # compiled in, but turned off
             return socket.create_server(("", address.port), family=socket.AF_INET6, backlog=LISTEN_BACKLOG,
                                         dualstack_ipv6=True)
@@ -3888,7 +3899,7 @@ def dialer_context(cert: str | None) -> Any:
     if cert is None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         return context
-    context.verify_flags |= 0x80000     # X509_V_FLAG_PARTIAL_CHAIN: the listener's own may be trusted, whoever signed it
+    context.verify_flags |= 0x80000     # X509_V_FLAG_PARTIAL_CHAIN: the listener's own will do, whoever signed it
     try:
         context.load_verify_locations(cadata=cert)
     except (ssl.SSLError, ValueError) as error:
@@ -3935,7 +3946,8 @@ def make_certificate(hosts: Sequence[str]) -> tuple[str, str]:
     """A new self-signed certificate for these names and addresses, and its key, as PEM texts: by the `openssl` command,
     1.1.1, 3, or LibreSSL's. OSError says what is wrong with that."""
     import subprocess
-    names = [f"{'IP' if ':' in host or host.replace('.', '').isdigit() else 'DNS'}:{host}" for host in hosts]
+    names = [f"{'IP' if ':' in host or host.replace('.', '').isdigit() else 'DNS'}:{host.partition('%')[0]}"
+             for host in hosts]
     with tempfile.TemporaryDirectory() as directory:        # 0700
         config, key, cert = [os.path.join(directory, name) for name in ("config", "key", "cert")]
         with open(config, "w") as file:
@@ -4005,7 +4017,8 @@ class DialerHandshake(_Transcript):
     def receive(self, message: Message) -> bytes:
         if message.kind == Kind.REFUSED:
             said = decode_json(message)
-            raise (Crowded if said.get("again") else Refused)(f"refused by the listener: {said.get('why')}")
+            why = "".join(c if c.isprintable() else "?" for c in str(said.get("why"))[:300])    # a stranger's words
+            raise (Crowded if said.get("again") else Refused)(f"refused by the listener: {why}")
         if message.kind == Kind.CHALLENGE and not self._proven:
             proof, self.challenge = message.payload[:32], message.payload[32:]
             if not hmac.compare_digest(proof, self.proof("listener")):
@@ -4033,7 +4046,7 @@ class ListenerHandshake(_Transcript):
         if message.kind == Kind.HELLO and not self._hello:
             self.peer = decode_json(message)
             if self.peer.get("role") not in ("host", "daemon"):
-                raise Refused(f"the role {self.peer.get('role')!r} is unknown here")
+                raise Refused(f"the role {str(self.peer.get('role'))[:40]!r} is unknown here")
             kinds = {"pid": int, "host": str, "slot": (int, type(None)), "serial": (int, type(None)),
                      "launch": (int, type(None))}
             if not all(isinstance(self.peer.get(name), kind) for name, kind in kinds.items()):  # type: ignore[arg-type]
@@ -4090,7 +4103,10 @@ def _dial_once(addresses: Sequence[Address], key: bytes, role: str, about: Mappi
             sock.close()
             raise
     if len(errors) == 1:
-        raise errors[0][1]
+        url, only = format_url(errors[0][0]), errors[0][1]
+        if isinstance(only, OSError) and only.errno and only.filename is None and url not in str(only):
+            only.filename = url
+        raise only
     text = "; ".join(f"{format_url(address)}: {error}" for address, error in errors)
     for kind in (Crowded, Refused):
         if any(isinstance(error, kind) for _, error in errors):
@@ -4562,7 +4578,9 @@ class Dispatcher:
         """What is between us is a network, or may be."""
         with contextlib.suppress(OSError):
             host, port = sock.getpeername()[:2]
-            peer.where, peer.remote = format_url(Address("tcp", host, port)), not _is_loopback(host)
+            peer.remote = not _is_loopback(host)
+            host = host[7:] if host.startswith("::ffff:") else host
+            peer.where = format_url(Address("tcp", host, port))
         terms = {**self.terms, "seal": self.tls is None}
         peer.shake = ListenerHandshake(self.key, terms, self.certificate)
         if self.tls is not None:
@@ -6428,9 +6446,13 @@ def _local_daemon(spec: Mapping[str, Any], key: str, launch: tuple[int, int], pa
     if options.output:
         sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)    # noqa: SIM115
     about = {"slot": launch[0], "serial": launch[1], "page": options.autoexit is True}
-    if not about["page"]:
-        return _serve_at([spec["url"]], bytes.fromhex(key), about, options, False)
-    connection = dial(spec["url"], bytes.fromhex(key), "daemon", about, tlscert=options.cert)
+    try:
+        if not about["page"]:
+            return _serve_at([spec["url"]], bytes.fromhex(key), about, options, False)
+        connection = dial(spec["url"], bytes.fromhex(key), "daemon", about, tlscert=options.cert)
+    except (Refused, OSError) as error:
+        print(f"mirai: {error}", file=sys.stderr)
+        return EX_UNAVAILABLE
     return _Daemon(options).serve(_PageInbox(connection, Slot(page, launch[0])))
 
 
@@ -6464,7 +6486,7 @@ def own_source() -> str:
     if "__source__" in globals():       # it was sent itself
         return str(globals()["__source__"])
     if not os.path.isfile(__file__):    # in a zip
-        return str(__loader__.get_source(__name__))     # type: ignore[attr-defined]
+        return str(globals()["__loader__"].get_source(__name__))
     with open(__file__, encoding="utf-8") as file:
         return file.read()
 
@@ -6986,6 +7008,12 @@ class http_config:
     def _request(self, command: str) -> None:
         import urllib.error
         import urllib.request
+
+        class Stay(urllib.request.HTTPRedirectHandler):
+            """What is sent has a key and a token in it, which are for nobody else."""
+
+            def redirect_request(self, *_: Any) -> None:
+                return None
         url, method, headers, cookie, token = [value() if callable(value) else value for value in (
             self.url, self.method, self.headers, self.cookie, self.token)]
         quoted = json.dumps(command)[1:-1]
@@ -6997,7 +7025,7 @@ class http_config:
         if token:
             request.add_header("Authorization", f"Bearer {token}")
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            with urllib.request.build_opener(Stay).open(request, timeout=self.timeout) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             words = error.read(LAST_WORDS).decode(errors="replace")
@@ -8515,10 +8543,10 @@ def _check_n(n: Any, url: str | None, remote: Any) -> int:
         return cpu_count()
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"n={n!r}: expected an integer, 'auto', or None")
-    n = operator.index(n)
-    if not 0 < n <= SLOTS:
+    count = operator.index(n)
+    if not 0 < count <= SLOTS:
         raise ValueError(f"n={n}: expected 0 (reset) to {SLOTS} daemons")
-    return n
+    return count
 
 
 def _find(compute: str | None) -> Any:
@@ -8607,7 +8635,8 @@ def _daemon_command(urls: Sequence[str], options: Mapping[str, Any]) -> str:
         elif name in ("output", "asyncdial") and value:
             words.append(f"--{flag}")
         elif name == "tlscert" and value is not None:
-            words.append(f"--tlscert '{value}'")
+            import shlex
+            words.append(f"--tlscert {shlex.quote(str(value))}")
     return " ".join(words)
 
 
@@ -9488,6 +9517,9 @@ def main(arguments: Sequence[str]) -> int:
     import argparse
 
     class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(allow_abbrev=False, **options)     # a --key for --key-file would be in `ps`
+
         def error(self, message: str) -> NoReturn:
             self.print_usage(sys.stderr)
             self.exit(EX_USAGE, f"{self.prog}: {message}\n")
@@ -9603,9 +9635,11 @@ def _complain(error: object, status: int) -> int:
 
 def _read_key_file(path: str) -> bytes:
     if path == "-":
-        return parse_key(sys.stdin.readline())
-    with open(path) as file:
-        return parse_key(file.read())
+        return parse_key(next((line for line in sys.stdin or () if line.strip()), ""), "standard input")
+    with open(path, encoding="utf-8-sig") as file:
+        if os.stat(file.fileno()).st_mode & 0o077 and os.name == "posix":
+            _complain(f"others may read {path}, and run code wherever its key is used: chmod 600", 0)
+        return parse_key(file.read(), path)
 
 
 # -- the demo

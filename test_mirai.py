@@ -9607,12 +9607,14 @@ class Listener:
         """The next daemon, after its handshake."""
         sock, _ = self.sock.accept()
         peer = Peer(mirai.Connection(sock))
-        shake = mirai.ListenerHandshake(self.key)
+        shake = mirai.ListenerHandshake(self.key, {"seal": self.address.scheme == "tcp"})
         while not shake.done:
             message = peer.hear()
             if message is None:
                 raise AssertionError("it went in the handshake")
             sock.sendall(shake.receive(message))
+        if self.address.scheme == "tcp":
+            peer.connection.seal(shake.seal("listener"))
         peer.about = shake.peer
         return peer
 
@@ -9657,8 +9659,8 @@ class TestDaemon(Case):
     def say_task(self, peer, kind, id, task, flags=0):
         for hash, blob in (task.needs or {}).items():
             parts = [blob] if isinstance(blob, bytes) else blob
-            peer.connection.sock.sendall(mirai.encode_parts(self.K.DEFINE, [hash, *parts]))
-        peer.connection.sock.sendall(mirai.encode_task(kind, id, task.parts, list(task.needs or ()), flags))
+            peer.say_bytes(mirai.encode_parts(self.K.DEFINE, [hash, *parts]))
+        peer.say_bytes(mirai.encode_task(kind, id, task.parts, list(task.needs or ()), flags))
 
     def task(self, peer, id, f, *args, flags=0, kind=mirai.Kind.TASK, **kwargs):
         self.say_task(peer, kind, id, mirai.dump_task(f, args, kwargs, None), flags)
@@ -11043,6 +11045,31 @@ class TestOptions(Case):
 
     def used(self):
         return status()["memory"]["used"]
+
+    def test_a_timeout_counts_the_wait_for_room(self):
+        for mode in MODES:
+            with self.subTest(**mode), Gate() as gate, daemons(1, memory=1000, **mode):
+                held = mirai.mirai(lambda enter, data: enter(), gate.enter, bytes(2000))
+                gate.arrived()
+                start = time.monotonic()
+                self.assertIs(type(outcome(mirai.mirai(len, bytes(2000), _timeout=0.2))), MiraiTimeout)
+                self.assertEqual([type(v) for v in outcomes(mirai_map([bytes(2000)], len, _timeout=0.2))], [MiraiTimeout])
+                self.assertLess(time.monotonic() - start, SOON)
+                gate.open()
+                outcome(held)
+                self.assertEqual(outcome(mirai.mirai(len, bytes(2000), _timeout=LONG)), 2000)
+
+    def test_a_task_that_finds_no_room_takes_no_random_stream(self):
+        found = []
+        for tries in (1, 7):
+            with Gate() as gate, daemons(1, memory=1000, seed=1):
+                held = mirai.mirai(lambda enter, data: enter(), gate.enter, bytes(2000))
+                gate.arrived()
+                self.assertEqual({mirai.try_mirai(len, bytes(2000)) for _ in range(tries)}, {None})
+                gate.open()
+                outcome(held)
+                found.append(outcome(mirai.mirai("import random; random.random()")))
+        self.assertEqual(found[0], found[1])
 
     def test_memory_is_in_the_status(self):
         for mode in MODES:
@@ -12939,10 +12966,66 @@ class TestNetwork(NetworkCase):
                 with self.subTest(scheme=scheme, host=host), daemons(url=at(host, scheme), key=key):
                     port = mirai.parse_url(status()["daemons"]).port
                     peers = [mirai.dial(at(each, scheme, port), bytes.fromhex(key), "daemon", {}) for each in
-                             ("127.0.0.1", *own_addresses())]
+                             ("127.0.0.1", *own_addresses()) if host != "0.0.0.0" or ":" not in each]
                     joined(len(peers))
                     for peer in peers:
                         peer.close()
+
+    def test_a_url_of_all_ipv4_addresses_is_none_of_ipv6(self):
+        with daemons(url="tcp://0.0.0.0:0"):
+            port = mirai.parse_url(status()["daemons"]).port
+            with self.assertRaises(ConnectionRefusedError):
+                socket.create_connection(("::1", port)).close()
+            self.assertEqual([url for url in mirai.reach(mirai.parse_url(status()["daemons"])) if "[" in url], [])
+
+    def test_names_that_begin_as_loopback_addresses_do_are_none(self):
+        for host, local in (("127.0.0.1", True), ("127.1", True), ("::ffff:127.0.0.1", True), ("localhost", True),
+                            ("127.example.org", False), ("127.0.0.1.example.org", False)):
+            self.assertEqual(mirai.is_local(mirai.Address("tcp", host, 1)), local, host)
+
+    def test_local_daemons_serve_at_a_name_that_the_certificate_has(self):
+        if not shutil.which("openssl"):
+            self.skipTest("no openssl here")
+        folder, name = self.folder(), socket.gethostname()
+        cert, key = mirai.make_certificate([name])
+        with open(os.path.join(folder, "cert.pem"), "w") as file:
+            file.write(cert)
+        with daemons(1, url=host_url(tls=True), tls=(cert, key), tlscert=file.name):
+            self.check_map(20)
+        cert, key = mirai.make_certificate(["elsewhere.invalid"])
+        with open(file.name, "w") as file:
+            file.write(cert)
+        with self.assertRaisesRegex(LaunchError, "(?i)certificate is not accepted: hostname mismatch"):
+            daemons(1, url=host_url(tls=True), tls=(cert, key), tlscert=file.name)
+
+    def test_a_certificate_that_is_asked_of_nobody_or_is_none_is_told_at_once(self):
+        folder = self.folder()
+        for text, url, words in (("", "tls+tcp://127.0.0.1:1", "no certificate in PEM"),
+                                 ("-----BEGIN", "tls+tcp://127.0.0.1:1", "no certificate in PEM"),
+                                 (None, "tcp://127.0.0.1:1", "tlscert is for tls")):
+            path = os.path.join(folder, "tlscert.pem")
+            with open(path, "w") as file:
+                file.write(mirai.make_certificate(["a"])[0] if text is None and shutil.which("openssl") else text or "")
+            done = subprocess.run([sys.executable, FILE, "daemon", url, "--tlscert", path, "--key-file", "-"], input=KEY,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=LONG)
+            if text is not None or shutil.which("openssl"):
+                self.assertEqual(done.returncode, 64, done.stderr)
+                self.assertIn(words, done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+    def test_what_a_listener_without_the_key_says_is_shown_as_text(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def serve():
+                with listener.accept()[0] as sock:
+                    sock.recv(1000)
+                    sock.sendall(mirai.encode_json(mirai.Kind.REFUSED, {"why": "\x1b[2J\n" + "x" * 2000}))
+            thread = threading.Thread(target=serve)
+            thread.start()
+            with self.assertRaises(mirai.Refused) as caught:
+                mirai.dial(at("127.0.0.1", port=listener.getsockname()[1]), bytes(32), "daemon", {})
+            thread.join(LONG)
+        self.assertTrue(str(caught.exception).isprintable())
+        self.assertLess(len(str(caught.exception)), 400)
 
     def test_host_url_has_every_interface_and_a_port_is_kept(self):
         self.assertTrue(host_url().startswith(f"tcp://{socket.gethostname()}:0"))
@@ -13127,7 +13210,7 @@ class TestNetwork(NetworkCase):
                 self.assertIn("BEGIN CERTIFICATE", mirai.nextget("tls"))
                 self.assertNotIn("PRIVATE", mirai.nextget("tls"), "it is for those who dial")
                 line, = launch_remote(tlscert=own.path("root.pem"))
-                self.assertIn(f"--tlscert '{own.path('root.pem')}'", line)
+                self.assertIn(f"--tlscert {own.path('root.pem')}", line)
                 key = mirai._profiles["default"].key
                 daemon = self.by_hand(status()["daemons"], key, "--tlscert", own.path("root.pem"))
                 joined(3)
@@ -13234,7 +13317,7 @@ class TestNetwork(NetworkCase):
                 self.assertNotIn("Traceback", said)
                 if dials == "tls+tcp":
                     self.assertIn("the other side does not speak it here (tls+tcp:// has to be on both sides)", said)
-                    log.wait("refused tcp://127.0.0.1:.*not mirai", 5.0)
+                    log.wait("refused tcp://127.0.0.1:.*it speaks TLS: tls\\+tcp:// has to be", 5.0)
                 else:
                     self.assertRegex(said, "tls|TLS", "says nothing of what might be wrong")
                     log.wait("tcp://127.0.0.1:.*: TLS: the other side does not speak it here", 5.0)
@@ -14015,6 +14098,78 @@ def _name(name):
 
 
 class TestMirai(Case):
+    def test_waiting_for_mirais_of_two_profiles_in_two_threads_deadlocks_none(self):
+        """`wait()` takes the conditions of all it waits for, in an order of its own."""
+        with daemons(1, compute="a"), daemons(1, compute="b"):
+            ms = [mirai.mirai(time.sleep, 1000, _compute=compute) for _ in range(100) for compute in "ab"]
+            ms.sort(key=id)
+            of = {compute: [m for m in ms if m._owner is mirai._profiles[compute].link] for compute in "ab"}
+            rows = [[of["a"][0], *of["b"]], [of["b"][0], *of["a"]], ms, ms[::-1]]
+            interval = sys.getswitchinterval()
+            self.addCleanup(sys.setswitchinterval, interval)
+            sys.setswitchinterval(1e-5)
+            threads = [threading.Thread(target=lambda row=row: [concurrent.futures.wait(row, 0) for _ in range(300)], daemon=True)
+                       for row in rows]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(LONG)
+            self.assertFalse(any(thread.is_alive() for thread in threads))
+            sys.setswitchinterval(interval)
+
+    def test_signal_handlers_may_call_mirai_in_the_midst_of_a_call(self):
+        with daemons(2):
+            made, busy, handled = [], [False], [0]
+
+            def handler(*_):
+                if not busy[0] and handled[0] < 300:
+                    busy[0], handled[0] = True, handled[0] + 1
+                    made.append(mirai.mirai(abs, -1))
+                    busy[0] = False
+            before = signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+            try:
+                ms = [mirai.mirai(operator.neg, i) for i in range(3000)]
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+            self.assertEqual([m.result(LONG) for m in ms], [-i for i in range(3000)])
+            self.assertEqual({m.result(LONG) for m in made}, {1})
+            self.assertEqual(len({m.id for m in (*ms, *made)}), 3000 + len(made))
+
+    def test_what_can_not_be_sent_is_told_in_the_words_of_its_class(self):
+        class Refuses:
+            def __init__(self):
+                self.lock = threading.Lock()
+
+            def __reduce__(self):
+                raise TypeError("open it where it is used")
+
+        class Leaves:
+            def __init__(self):
+                self.lock, self.other = threading.Lock(), (i for i in "x")
+
+            def __getstate__(self):
+                return {"other": self.other}
+        with daemons(1):
+            m, mp = mirai.mirai(abs, -1), mirai_map([1], abs)
+            for argument, words in ((m, r"args\[0\]: a mirai stays"), (mp, r"args\[0\]: the mirais of a map stay"),
+                                    (Refuses(), r"args\[0\]: open it where"), (Leaves(), r"args\[0\]\.other: ")):
+                with self.subTest(words), self.assertRaisesRegex(TypeError, words):
+                    mirai.mirai(id, argument)
+            m.result(LONG), mp.results()
+
+    def test_the_interpreter_ends_with_callbacks_done(self):
+        done = run_python("""
+            import mirai
+            mirai.daemons(2)
+            ms = [mirai.mirai(abs, -i) for i in range(10)]
+            for m in ms:
+                m.add_done_callback(lambda m: print(m.result()))
+            mirai.collect_mirai(ms)
+            """)
+        self.assertEqual((sorted(done.stdout.split(), key=int), done.stderr), ([str(i) for i in range(10)], ""))
+
     def test_a_stock_future_has_exactly_the_attributes_that_a_mirai_stands_in_for(self):
         stock = set(vars(concurrent.futures.Future()))
         self.assertEqual(stock, {"_condition", "_state", "_result", "_exception", "_waiters", "_done_callbacks"})
@@ -17917,6 +18072,63 @@ class TestMaps(Case):
             self.assertEqual(pulled[0], before)
             self.assertEqual(mirai.mirai(abs, -1).result(10), 1)
 
+    def test_a_lazy_map_whose_daemons_go_gives_what_was_resolved_before(self):
+        pulled = []
+
+        def endless():
+            for i in itertools.count():
+                pulled.append(i)
+                yield i
+        with daemons(1):
+            mp = mirai_map(endless(), operator.neg)
+            wait_until(lambda: unresolved(mp) == 0, 10)
+        n = len(pulled)
+        with self.assertRaises(MiraiConnectionReset):
+            found = []
+            for m in mp:
+                found.append(m.result(10))
+        self.assertEqual(found, [-i for i in range(len(found))])
+        self.assertGreater(len(found), 0)
+        self.assertLessEqual(len(pulled), n + 64)
+        before = len(pulled)
+        with self.assertRaises(MiraiConnectionReset):
+            mp[:]
+        self.assertEqual(len(pulled), before)       # it takes no more of the generator
+
+    def test_an_interrupt_while_items_are_taken_loses_none(self):
+        class Counting:
+            def __init__(self):
+                self.n, self.interrupt = 0, {10, 30}
+
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                if self.n in self.interrupt:
+                    self.interrupt.remove(self.n)
+                    raise KeyboardInterrupt
+                if self.n == 50:
+                    raise StopIteration
+                self.n += 1
+                return self.n
+        with daemons(1):
+            mp, found, interrupts = mirai_map(Counting(), operator.neg), None, 0
+            while found is None:
+                try:
+                    found = mp[:]
+                except KeyboardInterrupt:
+                    interrupts += 1
+            self.assertEqual((found, interrupts), ([-i for i in range(1, 51)], 2))
+
+            def generator():
+                yield from range(20)
+                raise KeyboardInterrupt
+            with self.assertRaises(KeyboardInterrupt):
+                mp = mirai_map(generator(), operator.neg)
+                mp[:]
+            with self.assertRaisesRegex(RuntimeError, "the generator was interrupted"):
+                mp[:]
+
     def test_a_lazy_map_that_is_dropped_lets_its_generator_go(self):
         closed = []
 
@@ -18382,6 +18594,47 @@ LOADER = """
 
 
 class TestEverywhere(Case):
+    def test_its_answers_are_a_sequence(self):
+        for mode in (*MODES, {"sync": True}):
+            with self.subTest(**mode), daemons(2, **mode):
+                mp = mirai.everywhere(abs, -1)
+                n = len(mp)
+                self.assertEqual((mp[0].result(LONG), mp[-1].result(LONG), [m.result(LONG) for m in reversed(mp)]), (1, 1, [1] * n))
+                with self.assertRaisesRegex(IndexError, f"item {n} of {n}"):
+                    mp[n]
+
+    def test_definitions_of_calls_that_failed_everywhere_are_held_no_more(self):
+        with daemons(1):
+            link = mirai._profiles["default"].link
+            outcome(mirai.mirai(abs, -1))
+            for i in range(3):
+                data = bytes([i]) * mirai.LARGE
+                self.assertEqual([type(v) for v in outcomes(mirai.everywhere(lambda data=data: 1 / 0))], [MiraiError])
+            self.assertEqual([held for held, _ in link.ahead.values() if held], [])
+            outcomes(mirai.everywhere(lambda data=data: len(data)))
+            self.assertNotEqual([held for held, _ in link.ahead.values() if held], [])
+
+    def test_a_task_may_have_a_sync_profile_of_its_own(self):
+        at = written("""
+            import mirai
+            E = 99
+            def helper(x): return x + 1
+            def inner(x): return helper(x)
+            def task(x):
+                with mirai.daemons(sync=True, compute="own"):
+                    found = mirai.mirai(inner, x, _compute="own").result()
+                    mirai.everywhere("E = 7", _compute="own")
+                return found, helper(x), E
+            def read(): return E
+            """)
+        with daemons(1):
+            outcomes(mirai.everywhere("E = 1"))
+            outcomes(mirai.everywhere(at.read))
+            for _ in range(2):
+                found, again, _ = outcome(mirai.mirai(at.task, 1))
+                self.assertEqual((found, again), (2, 2))
+                self.assertEqual(outcome(mirai.mirai("E")), 1)
+
     def test_it_evaluates_once_on_every_daemon_and_is_a_map_of_the_values(self):
         for mode in MODES:
             with self.subTest(**mode), daemons(3, **mode):
