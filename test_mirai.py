@@ -11307,9 +11307,9 @@ class TestNursery(Case):
             "ms = start(); import threading; threading.Thread(target=lambda: ms[0][:], daemon=True).start(); "
             "sys.stdin.readline()": (0, ""),
         }
-        for code, (status, said) in endings.items():
+        hosts = _at_once(len(endings), lambda i: self.busy_host(list(endings)[i], stdin=subprocess.PIPE, stderr=subprocess.PIPE))
+        for (code, (status, said)), (host, family, url) in zip(endings.items(), hosts):
             with self.subTest(code=code):
-                host, family, url = self.busy_host(code, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
                 start = time.monotonic()
                 _, stderr = host.process.communicate("go\n", timeout=LONG)
                 self.expect_gone(family, 2.0)
@@ -11689,7 +11689,7 @@ class TestNursery(Case):
                     sorted(thread.name for thread in threading.enumerate()), sorted(os.listdir(mirai.runtime_dir())))
 
         first = None
-        for _ in range(20):
+        for _ in range(at_length(8, 20)):
             with daemons(1, dispatcher=False):
                 self.assertEqual(mirai.mirai(abs, -1).result(LONG), 1)
                 pids = family_of(nursery_pid())
@@ -16431,9 +16431,10 @@ class TestVerbs(Case):
         """
 
     def test_progress_is_quiet_where_stderr_is_no_terminal_unless_asked(self):
-        self.assertEqual(run_python(self.PROGRESS.format(progress=None)).stderr, "")
-        self.assertEqual(run_python(self.PROGRESS.format(progress=False)).stderr, "")
-        lines = run_python(self.PROGRESS.format(progress=True)).stderr.split("\n")
+        ways = None, False, True
+        none, never, asked = _at_once(3, lambda i: run_python(self.PROGRESS.format(progress=ways[i])).stderr)
+        self.assertEqual((none, never), ("", ""))
+        lines = asked.split("\n")
         self.assertEqual(lines.pop(), "")
         self.assertTrue(any("40/40" in line for line in lines) and any("3/3" in line for line in lines), lines)
         self.assertFalse(any("\r" in line or not line for line in lines), lines)
@@ -17337,7 +17338,7 @@ class TestMaps(Case):
                 self.assertEqual(trace.begun(), collections.Counter(range(100)))
 
     def test_a_map_of_which_every_item_ends_its_daemon_ends(self):
-        for size in (None, 64):
+        for size in at_length((64,), (None, 64)):
             with self.subTest(size=size), Trace() as trace, granting(size), daemons(2):
                 mp = mirai_map(range(20), _deadly, trace.path, dict.fromkeys(range(20), "SIGKILL"))
                 self.settled(mp)
@@ -17468,7 +17469,7 @@ class TestMaps(Case):
                 daemons(0)
 
     def test_a_reset_makes_what_is_unresolved_of_a_map_19s(self):
-        for size in (None, 64):
+        for size in at_length((64,), (None, 64)):
             with self.subTest(size=size), Gate() as gate, granting(size):
                 daemons(1)
                 mp = mirai_map(range(200), _held, gate.enter, (50,))
@@ -18489,7 +18490,7 @@ class TestMaps(Case):
             mirai.daemons(0)
             return found
 
-        for size in (None, 64):
+        for size in at_length((None,), (None, 64)):
             with self.subTest(size=size), granting(size), daemons(2):
                 mp = mirai_map(range(4), nested)
                 self.settled(mp)
@@ -20168,9 +20169,10 @@ class TestCommandLine(Case):
 
     def test_wrong_usage_is_exit_status_64_and_help_is_help(self):
         command, env = at_length(["-m", "mirai"], [FILE]), {**os.environ, "PYTHONPATH": HERE}     # compiled already, as a module
-        for arguments in ((), ("daemom",), ("daemon",), ("daemon", "URL"), ("daemon", "-n", "0", "tcp://127.0.0.1:1"),
-                          ("daemon", "--maxtasks", "0", "tcp://127.0.0.1:1")):
-            done = _run([sys.executable, *command, *arguments], env=env)
+        wrong = ((), ("daemom",), ("daemon",), ("daemon", "URL"), ("daemon", "-n", "0", "tcp://127.0.0.1:1"),
+                 ("daemon", "--maxtasks", "0", "tcp://127.0.0.1:1"))
+        every = _at_once(len(wrong), lambda i: _run([sys.executable, *command, *wrong[i]], env=env))
+        for arguments, done in zip(wrong, every):
             self.assertEqual((done.returncode, done.stdout), (64, ""), f"{arguments}: {done.stderr}")
             self.assertTrue(done.stderr and "Traceback" not in done.stderr, done.stderr)
         done = _run([sys.executable, FILE, "--help"])
@@ -20189,8 +20191,8 @@ class TestCommandLine(Case):
         code, end, _ = below.partition("\n```")
         self.assertTrue(fence and end, "README.md has no ```python block under 'Quick start'")
         outputs = {}
-        for mode in ("file", "-c", "-i"):
-            done = run_python(code + "\n", mode=mode)
+        modes = "file", "-c", "-i"
+        for mode, done in zip(modes, _at_once(len(modes), lambda i: run_python(code + "\n", mode=modes[i]))):
             errors = [line for line in done.stderr.splitlines() if line.strip(">. ")]
             self.assertEqual((done.returncode, errors), (0, []), mode)
             lines = [PROMPTS.sub("", line) for line in done.stdout.splitlines()] if mode == "-i" else done.stdout.splitlines()
@@ -20206,8 +20208,8 @@ class TestCommandLine(Case):
         with open(readme) as file:
             programs = re.findall(r"```python\n((?:(?!```).)*?)\n```\n+```\n(.*?)\n```", file.read(), re.S)
         self.assertGreaterEqual(len(programs), 2)
-        for code, expected in programs:
-            done = run_python(code + "\n", mode="file")
+        every = _at_once(len(programs), lambda i: run_python(programs[i][0] + "\n", mode="file"))
+        for (code, expected), done in zip(programs, every):
             self.assertEqual((done.returncode, done.stdout.strip(), done.stderr), (0, expected.strip(), ""), code)
 
     def test_functions_defined_right_there_work_as_a_file_at_the_prompt_on_the_command_line_and_on_standard_input(self):
@@ -20217,8 +20219,8 @@ class TestCommandLine(Case):
                 "twice = 2\n"
                 "_ = mirai.daemons(2)\n"
                 "print(mirai.mirai_map([1, 2], double).results(), mirai.mirai(lambda: double(4)).result())\n")
-        for mode in ("file", "-c", "-", "-i"):
-            done = run_python(code, mode=mode)
+        modes = "file", "-c", "-", "-i"
+        for mode, done in zip(modes, _at_once(len(modes), lambda i: run_python(code, mode=modes[i]))):
             shown = PROMPTS.sub("", done.stdout).strip(">\n ")
             self.assertEqual((done.returncode, shown), (0, "[2, 4] 8"), f"{mode}: {done.stderr}")
 
