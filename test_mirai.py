@@ -28,6 +28,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import operator
 import os
 import pickle
@@ -20342,7 +20343,381 @@ class _Result(unittest.TextTestResult):
             print(f"{clock:9.2f} {user:9.2f} {system:9.2f}  {name}")
 
 
+# ======================================================================
+# --bench: how fast, beside what the standard library has and beside what no one can beat
+# ======================================================================
+# All systems of a workload are up at once, and take turns in one run, in random order: these machines are noisy.
+
+def _noop():
+    pass
+
+
+def _square(x):
+    return x * x
+
+
+def _echo(x):
+    return x
+
+
+def _last(x):
+    return x[-1]
+
+
+class OnMirai:
+    """Each system: `call` there and back, `singles` submitted one by one, `map`, at the end `close`."""
+    options = {}
+
+    def __init__(self, n):
+        self.name = f"bench {os.urandom(4).hex()}"
+        daemons(n, compute=self.name, **self.options)
+
+    def call(self, f, *args):
+        return mirai.mirai(f, *args, _compute=self.name).result()
+
+    def singles(self, f, rows):
+        return [m.result() for m in [mirai.mirai(f, *row, _compute=self.name) for row in rows]]
+
+    def map(self, f, items):
+        return mirai_map(items, f, _compute=self.name)[:]
+
+    def close(self):
+        daemons(0, compute=self.name)
+
+
+class OnMiraiDirect(OnMirai):
+    options = {"dispatcher": False}
+
+
+class OnMiraiTCP(OnMirai):
+    options = {"url": "tcp://127.0.0.1:0"}
+
+
+class OnMiraiTLS(OnMirai):
+    options = {"url": "tls+tcp://127.0.0.1:0"}
+
+
+class OnExecutor:
+    def __init__(self, n):
+        from concurrent.futures import ProcessPoolExecutor
+        self.pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("fork"))
+        self.pool.submit(_noop).result()
+
+    def call(self, f, *args):
+        return self.pool.submit(f, *args).result()
+
+    def singles(self, f, rows):
+        return [future.result() for future in [self.pool.submit(f, *row) for row in rows]]
+
+    def map(self, f, items):
+        return list(self.pool.map(f, items))
+
+    def close(self):
+        self.pool.shutdown()
+
+
+class OnPool:
+    def __init__(self, n):
+        self.pool = multiprocessing.get_context("fork").Pool(n)
+        self.pool.apply(_noop)
+
+    def call(self, f, *args):
+        return self.pool.apply(f, args)
+
+    def singles(self, f, rows):
+        return [result.get() for result in [self.pool.apply_async(f, row) for row in rows]]
+
+    def map(self, f, items):
+        return self.pool.map(f, items)
+
+    def close(self):
+        self.pool.close()
+        self.pool.join()
+
+
+class Floor:
+    """Plain Python: pickles on socket pairs, to a process, or through one that passes on what it gets."""
+    hops = 2
+
+    def __init__(self, n):
+        self.sock, end = socket.socketpair()
+        self.pids = []
+        for hop in range(self.hops):
+            last = hop == self.hops - 1
+            ours, theirs = (None, None) if last else socket.socketpair()
+            pid = os.fork()
+            if not pid:
+                try:
+                    (self._serve if last else self._forward)(end, ours)
+                finally:
+                    os._exit(0)
+            self.pids.append(pid)
+            end.close()
+            if not last:
+                ours.close()
+                end = theirs
+
+    @staticmethod
+    def _receive(sock):
+        head = sock.recv(65536)
+        size, data = int.from_bytes(head[:8], "little"), head[8:]
+        if len(data) < size:
+            whole, at = bytearray(size), len(data)
+            whole[:at] = data
+            view = memoryview(whole)
+            while at < size:
+                got = sock.recv_into(view[at:])
+                at += got or size
+            data = whole
+        return data if head else None
+
+    @staticmethod
+    def _send(sock, data):
+        if len(data) < 65536:
+            sock.sendall(len(data).to_bytes(8, "little") + data)
+        else:
+            sock.sendall(len(data).to_bytes(8, "little"))
+            sock.sendall(data)
+
+    def _serve(self, sock, _):
+        while (data := self._receive(sock)) is not None:
+            f, args = pickle.loads(data)
+            self._send(sock, pickle.dumps(f(*args), 5))
+
+    def _forward(self, sock, other):
+        while (data := self._receive(sock)) is not None:
+            self._send(other, data)
+            self._send(sock, self._receive(other))
+
+    def call(self, f, *args):
+        self._send(self.sock, pickle.dumps((f, args), 5))
+        return pickle.loads(self._receive(self.sock))
+
+    def singles(self, f, rows):
+        return [self.call(f, *row) for row in rows]
+
+    def close(self):
+        self.sock.close()
+        for pid in self.pids:       # each holds ends of the others' pairs
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+class FloorDirect(Floor):
+    hops = 1
+
+
+class Copy:
+    """No other process: a copy of the bytes there, and one back."""
+
+    def __init__(self, n):
+        """Nothing."""
+
+    def call(self, f, x):
+        return f(bytearray(memoryview(bytearray(memoryview(x).cast("B")))))
+
+    def close(self):
+        """Nothing."""
+
+
+class TLSFloor:
+    """A thread at the other end of a TLS connection, which sends back what it gets."""
+
+    def __init__(self, n):
+        import ssl
+        cert, key = mirai.make_certificate(["localhost"])
+        ours, theirs = socket.socketpair()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                ours.close()
+                self._serve(mirai.listener_context(cert, key, None).wrap_socket(theirs, server_side=True))
+            finally:
+                os._exit(0)
+        theirs.close()
+        self.sock = context.wrap_socket(ours)
+
+    @staticmethod
+    def _serve(sock):
+        while (data := Floor._receive(sock)) is not None:
+            Floor._send(sock, data)
+
+    def call(self, f, x):
+        Floor._send(self.sock, x)
+        return Floor._receive(self.sock)
+
+    def close(self):
+        self.sock.close()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+def _per_call(f, *args, n=200):
+    def measure(system):
+        start = time.perf_counter()
+        for _ in range(n):
+            system.call(f, *args)
+        return (time.perf_counter() - start) / n
+    return measure
+
+
+def _singles(n):
+    def measure(system):
+        start = time.perf_counter()
+        system.singles(_noop, [()] * n)
+        return (time.perf_counter() - start) / n
+    return measure
+
+
+def _mapped(n):
+    def measure(system):
+        start = time.perf_counter()
+        assert system.map(_square, range(n))[-1] == (n - 1) ** 2
+        return (time.perf_counter() - start) / n
+    return measure
+
+
+def _to_many(make, n=16):
+    def measure(system):
+        x = make()
+        start = time.perf_counter()
+        system.singles(_last, [(x,)] * n)
+        return time.perf_counter() - start
+    return measure
+
+
+def _sleeps(n, seconds, rounds):
+    """Actual ÷ ideal."""
+    def measure(system):
+        start = time.perf_counter()
+        system.singles(time.sleep, [(seconds,)] * (n * rounds))
+        return (time.perf_counter() - start) / (rounds * seconds)
+    return measure
+
+
+def _script(code):
+    """Seconds that a fresh interpreter says it took."""
+    def measure(_):
+        return float(run_python(code).stdout.split()[-1])
+    return measure
+
+
+class Fresh:
+    """A system that is started within each measurement."""
+
+    def __init__(self, n):
+        """Nothing is up before."""
+
+    def close(self):
+        """Nothing is left."""
+
+
+Workload = collections.namedtuple("Workload", "name systems measures wanted rounds unit n pinned", defaults=(9, "us", 2, False))
+
+
+def _workloads():
+    """`measures`: one for all systems, or one each. `wanted`: (system, most, other), times as a ratio."""
+    usual = {"mirai": OnMirai, "executor": OnExecutor, "pool": OnPool}
+    latency = {**usual, "floor": Floor}
+    yield Workload("latency", latency, _per_call(_noop), [("mirai", 0.45, "executor"), ("mirai", 1.4, "floor")])
+    yield Workload("latency, one CPU", latency, _per_call(_noop), [("mirai", 0.45, "executor"), ("mirai", 1.4, "floor")],
+                   pinned=True)
+    yield Workload("latency, direct", {"mirai": OnMiraiDirect, "executor": OnExecutor, "floor": FloorDirect},
+                   _per_call(_noop), [("mirai", 0.2, "executor")])
+    yield Workload("20,000 singles", {**usual, "floor": Floor}, _singles(20_000),
+                   [("mirai", 1 / 7, "executor"), ("mirai", 1 / 3, "pool")], 5)
+    yield Workload("100,000 mapped", usual, {"mirai": _mapped(100_000), "executor": _mapped(20_000), "pool": _mapped(100_000)},
+                   [("mirai", 1 / 250, "executor"), ("mirai", 1 / 0.7, "pool")], 5)
+    numpy = importlib.util.find_spec("numpy") and importlib.import_module("numpy")
+    for size, n, bound in ((1, 20, 2.5), (64, 2, 4), (256, 1, 4)):
+        systems = {**usual, "floor": Floor, **({"copy": Copy} if size > 1 else {})}
+        yield Workload(f"echo {size} MiB bytes", systems, _per_call(_echo, os.urandom(size << 20), n=n),
+                       [("mirai", 1 / bound, "executor")], 7, "ms")
+        data = numpy.frombuffer(os.urandom(size << 20), "f8") if numpy else array.array("d", os.urandom(size << 20))
+        yield Workload(f"echo {size} MiB {'numpy' if numpy else 'array'}", systems, _per_call(_echo, data, n=n),
+                       [("mirai", 1 / (8 if size == 1 else 30), "executor")], 7, "ms")
+    yield Workload("64 MiB to 16 tasks", usual, _to_many(lambda: array.array("d", bytes(64 << 20))),
+                   [("mirai", 1 / 15, "executor")], 3, "ms")
+    start = "import time; t = time.perf_counter()\n"
+    yield Workload("start, to first result", {"mirai": Fresh, "spawn": Fresh, "fork": Fresh}, {
+        "mirai": _script(start + "import mirai; mirai.daemons(2); mirai.mirai(abs, -1).result(); print(time.perf_counter() - t)"),
+        **{how: _script(start + textwrap.dedent(f"""\
+            if __name__ == "__main__":
+                import multiprocessing
+                from concurrent.futures import ProcessPoolExecutor
+                pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("{how}"))
+                pool.submit(abs, -1).result()
+                print(time.perf_counter() - t)""")) for how in ("spawn", "fork")}}, [("mirai", 0.65, "spawn")], 9, "ms")
+    yield Workload("import", {"mirai": Fresh, "concurrent.futures": Fresh}, {
+        "mirai": _script(start + "import mirai; print(time.perf_counter() - t)"),
+        "concurrent.futures": _script(start + "import concurrent.futures.process; print(time.perf_counter() - t)")},
+        [("mirai", 1.0, "concurrent.futures")], 15, "ms")
+    first = "import mirai; t = time.perf_counter(); mirai.mirai(abs, -1).result(); first = time.perf_counter() - t\n"
+    later = "t = time.perf_counter(); mirai.mirai(abs, -1).result()\n"
+    bare = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'pass']); print(time.perf_counter() - t)"
+    yield Workload("no daemons set", {"first": Fresh, "later": Fresh, "python -c pass": Fresh}, {
+        "first": _script(start + first + "print(first)"),
+        "later": _script(start + first + later + later + "print(time.perf_counter() - t)"),
+        "python -c pass": _script("import subprocess\n" + start + bare)},
+        [("first", 4.0, "python -c pass"), ("later", 1.0, "python -c pass")], 9, "ms")
+    for n, seconds, most in ((8, 0.01, 1 / 0.965), (64, 0.02, 1 / 0.95)):
+        yield Workload(f"{n} daemons, sleeps of {seconds * 1000:.0f} ms", {"mirai": OnMirai, "executor": OnExecutor},
+                       _sleeps(n, seconds, 10), [("mirai", most, None)], 5, "x", n)
+    if shutil.which("openssl"):
+        yield Workload("latency, TLS", {"mirai": OnMiraiTLS, "tcp": OnMiraiTCP}, _per_call(_noop), [("mirai", 1.5, "tcp")])
+        yield Workload("echo 64 MiB, TLS", {"mirai": OnMiraiTLS, "tcp": OnMiraiTCP, "floor": TLSFloor},
+                       _per_call(_echo, os.urandom(64 << 20), n=1), [("mirai", 1 / 0.7, "floor")], 5, "ms")
+
+
+def _measured(workload):
+    """Medians by system."""
+    found = {name: [] for name in workload.systems}
+    cpus = os.sched_getaffinity(0)
+    if workload.pinned:
+        os.sched_setaffinity(0, {min(cpus)})
+    try:
+        with contextlib.ExitStack() as stack:
+            systems = {}
+            for name, system in workload.systems.items():
+                systems[name] = system(workload.n)
+                stack.callback(systems[name].close)
+            for round in range(-1, workload.rounds):        # the first warms
+                for name in random.sample(list(systems), len(systems)):
+                    measure = workload.measures[name] if isinstance(workload.measures, dict) else workload.measures
+                    taken = measure(systems[name])
+                    if round >= 0:
+                        found[name].append(taken)
+    finally:
+        os.sched_setaffinity(0, cpus)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def bench(words=(), as_json=False):
+    """All workloads, or those with these words in their names: a table, or JSON of seconds."""
+    scale = {"us": 1e6, "ms": 1e3, "x": 1.0}
+    results = {}
+    for workload in _workloads():
+        if words and not any(word in workload.name for word in words):
+            continue
+        medians = results[workload.name] = _measured(workload)
+        if as_json:
+            continue
+        figures = "  ".join(f"{name} {value * scale[workload.unit]:.4g}" for name, value in medians.items())
+        print(f"{workload.name} [{workload.unit}]: {figures}")
+        for system, most, other in workload.wanted:
+            ratio = medians[system] / (medians[other] if other else 1.0)
+            print(f"    {'reached' if ratio <= most else 'MISSED '} {system} is {ratio:.3g} x {other or 'ideal'}, "
+                  f"wanted {most:.3g} at most", flush=True)
+    if as_json:
+        print(json.dumps(results, indent=1))
+    return 0
+
+
 def main(arguments):
+    if "--bench" in arguments:
+        return bench([a for a in arguments if not a.startswith("-")], "--json" in arguments)
     if "--durations" in arguments:
         at = arguments.index("--durations")
         _Result.durations, arguments = int(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
