@@ -11308,7 +11308,8 @@ class TestNursery(Case):
             "ms = start(); import threading; threading.Thread(target=lambda: ms[0][:], daemon=True).start(); "
             "sys.stdin.readline()": (0, ""),
         }
-        hosts = _at_once(len(endings), lambda i: self.busy_host(list(endings)[i], stdin=subprocess.PIPE, stderr=subprocess.PIPE))
+        codes, pipe = list(endings), subprocess.PIPE
+        hosts = _at_once(len(codes), lambda i: self.busy_host(codes[i], stdin=pipe, stderr=pipe))
         for (code, (status, said)), (host, family, url) in zip(endings.items(), hosts):
             with self.subTest(code=code):
                 start = time.monotonic()
@@ -17299,7 +17300,7 @@ class TestMaps(Case):
                 self.assertLessEqual(set(trace.begun()), set(range(52)))
 
     def test_an_item_that_ends_its_daemon_runs_again_as_often_as_its_retries_allow_and_no_other_does(self):
-        for size, retries, deaths in [(size, *most) for size, most in crossed((None, 64), [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2)])]:
+        for size, (retries, deaths) in crossed((None, 64), [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2)]):
             with self.subTest(size=size, retries=retries, deaths=deaths), Trace() as trace, granting(size), daemons(2):
                 deadly = (0, 33, 34, 99)
                 mp = mirai_map(range(100), _deadly_at_first, trace.path, deadly, deaths, _retries=retries)
@@ -20169,7 +20170,8 @@ class TestCommandLine(Case):
             self.assertEqual(left, [])
 
     def test_wrong_usage_is_exit_status_64_and_help_is_help(self):
-        command, env = at_length(["-m", "mirai"], [FILE]), {**os.environ, "PYTHONPATH": HERE}     # compiled already, as a module
+        command = at_length(["-m", "mirai"], [FILE])        # as a module it is compiled already
+        env = {**os.environ, "PYTHONPATH": HERE}
         wrong = ((), ("daemom",), ("daemon",), ("daemon", "URL"), ("daemon", "-n", "0", "tcp://127.0.0.1:1"),
                  ("daemon", "--maxtasks", "0", "tcp://127.0.0.1:1"))
         every = _at_once(len(wrong), lambda i: _run([sys.executable, *command, *wrong[i]], env=env))
@@ -20305,7 +20307,7 @@ class TestCommandLine(Case):
 class _Result(unittest.TextTestResult):
     """Names the class, says what was skipped and why, as it goes, and notes what each test took."""
 
-    classes: dict = {}      # name -> seconds of the clock, user, system: the preparations and the end of a class included
+    classes: dict = {}      # name -> seconds of the clock, user, system, with what a class prepares and ends
 
     durations = 0               # how many tests to name
 
