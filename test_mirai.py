@@ -16908,6 +16908,12 @@ class TestMaps(Case):
     def _hangs(*_):
         raise AssertionError(f"no end within {LONG} s")
 
+    def heard(self, left):
+        """Waits until the dispatcher has so many unresolved tasks left: cancels are sent and not waited for, and what
+        `info()` says of them is what the host knows."""
+        link = mirai._profiles["default"].link
+        wait_until(lambda: sum(link.counts[2:4]) == left, 10, f"the dispatcher's having {left} tasks left")
+
     def settled(self, mp, but=0, timeout=10.0):
         wait_until(lambda: unresolved(mp) <= but, timeout, f"all but {but} items' end")
 
@@ -17160,6 +17166,7 @@ class TestMaps(Case):
                 self.assertFalse(mp[7].cancel())
                 self.assertEqual({type(mp[i].data) for i in range(0, 200, 2)}, {MiraiCancelled})
                 self.assertEqual(unresolved(mp), 99)
+                self.heard(1 + 99)
                 gate.open()
                 self.settled(mp)
                 self.assertEqual([mp[i].data for i in range(9, 200, 2)], list(range(18, 400, 4)))
@@ -17172,7 +17179,7 @@ class TestMaps(Case):
                 self.assertEqual(gate.arrived()[0], 100)
                 self.assertEqual(stop_mirai([mp[i] for i in range(101, 200, 2)]), [True] * 50)
                 self.assertTrue(all(mp[i].cancelled() and type(mp[i].data) is MiraiCancelled for i in range(101, 200, 2)))
-                wait_until(lambda: sum(info()[2:4]) == 50, 10, "the dispatcher's having heard of it")
+                self.heard(50)
                 gate.open()
                 self.settled(mp)
                 live = [i for i in range(200) if i <= 100 or i % 2 == 0]
