@@ -2705,12 +2705,12 @@ class _Call:
 
 
 class _Piece:
-    """Tasks of a unit from `lo` to before `hi`, awaiting or given to a daemon."""
+    """Tasks of a unit from `lo` to before `hi`, awaiting or given to a daemon; `back`: they were taken back from one."""
 
-    __slots__ = ("unit", "lo", "hi", "retries")
+    __slots__ = ("unit", "lo", "hi", "retries", "back")
 
-    def __init__(self, unit: _Unit, lo: int, hi: int, retries: int) -> None:
-        self.unit, self.lo, self.hi, self.retries = unit, lo, hi, retries
+    def __init__(self, unit: _Unit, lo: int, hi: int, retries: int, back: bool = False) -> None:
+        self.unit, self.lo, self.hi, self.retries, self.back = unit, lo, hi, retries, back
 
 
 class _DaemonRecord:
@@ -2909,6 +2909,8 @@ class DispatcherCore:
         if self.direct and record is None:
             return self._enqueue(back)
         queue = record.own if record is not None and self.direct else self.queue
+        for piece in back:
+            piece.back = True
         queue.extendleft(reversed(back))
         self.queued += sum([piece.unit.count(piece.lo, piece.hi) for piece in back])
         return []
@@ -3189,7 +3191,7 @@ class DispatcherCore:
         head = _first_of(queue)
         pace = head.unit.pace if head is not None else None
         if head is None or pace is None or record.pieces[0].unit.pace is None or head.unit.epoch > record.epoch or (
-                pace.seconds is None or pace.seconds > CHUNK_TIME):
+                pace.seconds is None or pace.seconds > CHUNK_TIME or head.back):     # which has waited behind another
             return []
         return self._give(daemon, record, self._grant(queue, head))
 
@@ -3207,7 +3209,7 @@ class DispatcherCore:
             hi = cancelled
         if hi == head.hi:
             return queue.popleft()
-        piece = _Piece(unit, head.lo, hi, head.retries)
+        piece = _Piece(unit, head.lo, hi, head.retries, head.back)
         head.lo = hi
         return piece
 
@@ -9037,10 +9039,9 @@ class _MapFeed(_Feed):
             if self.exhausted:
                 return
             under_way, ahead = self.under_way(), self.total - wanted
-            if ahead < 8 * self.window and self._waits(wanted):     # for the daemons, so these are to have enough
-                ahead = under_way
-            ahead = max(ahead, under_way)
-            if 2 * ahead > self.window or sum([block.size for block in self.active]) > WINDOW_BYTES:
+            waits = ahead < 8 * self.window and self._waits(wanted)     # for the daemons, so these are to have enough
+            ahead = under_way if waits else max(ahead, under_way)
+            if ahead > self.window * (0.75 if waits else 0.5) or sum([block.size for block in self.active]) > WINDOW_BYTES:
                 return
             now = time.monotonic()
             if not under_way and now - self.pulled < WINDOW_TIME:       # daemons idle, though consumption is fast

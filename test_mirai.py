@@ -6524,6 +6524,14 @@ class TestCore(Case):
         self.assertEqual(core.returned(1, 5), [])
         self.assertEqual(core.joined(2), [Assign(2, 10, 4, 8, False)])
 
+    def test_what_was_taken_back_waits_behind_no_other_daemons_items(self):
+        core = self.holding(8)
+        self.assertEqual(core.joined(2), [Revoke(1)])
+        core.submitted(20, 0, 8, 1)
+        self.assertEqual(core.returned(1, 5), [])
+        self.assertEqual(core.reported(2, 20, 0, 2, 0.0002), [Resolve(20, 0, 2, RESULT)])       # nothing ahead of its turn
+        self.assertEqual(core.reported(2, 20, 2, 6, 0.0006), [Resolve(20, 2, 8, RESULT), Assign(2, 10, 4, 8, False)])
+
     def test_what_was_cancelled_and_taken_back_never_runs(self):
         core = self.holding(8)
         self.assertEqual(core.cancelled(10, 4, 8), [Interrupt(1, 10, 4, 8)])
@@ -7182,7 +7190,7 @@ PLANTED = [
     (Forgetful, 16, "has_stopped.*had stopped"),
     (Unprepared, 6, "everywhere.*a daemon idles beside a call"),
     (Hoarding, 6, "submitted.*unit 1 is miscounted"),
-    (Stubborn, 16, r"returned.*Revoke\(daemon=\d+\)"),
+    (Stubborn, 18, r"returned.*Revoke\(daemon=\d+\)"),
 ]
 
 
