@@ -170,6 +170,8 @@ SLOT_SIZE = 8192            # bytes of the shared page per local daemon: more on
 SLOT_HEAD = 64              # of them for the words in front, one cache line
 SLOTS = 16384               # local daemons a dispatcher can have in its lifetime at once; untouched pages cost nothing
 CHUNK_TIME = 0.01           # seconds that a daemon is given items for, and between its reports: less costs a frame each
+AHEAD = 8                   # short tasks that a daemon has, so that it need not wait for the next
+SHORT = 0.001               # seconds
 STEAL_AFTER = 0.002         # what somebody else will have done by then is not worth taking from them
 REVOKE_TIME = 0.0003        # until every processor sees what another has written, many times over
 UNIT_ITEMS = 4096           # items of a map in one frame: more would make the first wait, fewer cost frames
@@ -2603,8 +2605,8 @@ def _load_failure(message: str, classes: list[str], trace: str, attributes: dict
 # Rule 2. Strict FIFO: the oldest awaiting task goes to the next idle daemon; no daemon idles beside a queue.
 #         A task put back (its daemon ended before it began, or it has retries left) goes to the head.
 #         `direct`: each daemon has a queue of its own instead, and they take turns.
-# Rule 3. A daemon is given one task, or pieces of units for some CHUNK_TIME, and stays busy until it has answered
-#         them, cancelled or not. What it has not begun can be taken back: items are counted (positions), it is told
+# Rule 3. A daemon is given one task (AHEAD, where they are SHORT), or pieces of units for some CHUNK_TIME, and stays
+#         busy until it has answered them, cancelled or not. What it has not begun can be taken back: items are counted (positions), it is told
 #         from which on to begin none (Revoke), and it is idle once it has said that it stopped there.
 # Rule 4. A slot is a local daemon that should be: off -> launching -> ready -> (ended) launching, or resting.
 #         A resting slot is launched when tasks wait that no coming daemon will take.
@@ -2617,7 +2619,7 @@ def _load_failure(message: str, classes: list[str], trace: str, attributes: dict
 Assign = collections.namedtuple("Assign", "daemon unit lo hi fresh")    # send these there; fresh: it had stopped
 Replay = collections.namedtuple("Replay", "daemon unit fresh")          # have it run an `everywhere` call as others did
 Interrupt = collections.namedtuple("Interrupt", "daemon unit lo hi")    # have it drop what it runs or has of these
-Revoke = collections.namedtuple("Revoke", "daemon")             # take back half of what it has not begun
+Revoke = collections.namedtuple("Revoke", "daemon all", defaults=(False,))     # take back half of what it has not begun
 Look = collections.namedtuple("Look", "")                       # call `look()` in STEAL_AFTER seconds
 Resolve = collections.namedtuple("Resolve", "unit lo hi how")   # how: RESULT (the daemon's), RESET, LAUNCH
 Sized = collections.namedtuple("Sized", "unit n")               # tell the host how many answers there will be
@@ -2717,9 +2719,9 @@ class _DaemonRecord:
     """What the core knows of a connected daemon."""
 
     __slots__ = ("state", "pieces", "own", "position", "sent", "revoking", "stopping", "fresh", "epoch", "replaying",
-                 "due", "slot", "why", "proven")
+                 "due", "slot", "why", "proven", "ahead", "seconds", "seen")
 
-    def __init__(self, slot: int | None) -> None:
+    def __init__(self, slot: int | None, ahead: bool) -> None:
         self.state = IDLE
         self.pieces: deque[_Piece] = deque()    # what it was given and has not answered
         self.own: deque[_Piece] = deque()       # its queue, in direct mode
@@ -2734,6 +2736,9 @@ class _DaemonRecord:
         self.slot = slot
         self.why = DIED                 # unless it says another reason first
         self.proven = False             # it has answered a task
+        self.ahead = ahead              # it can be given single tasks ahead: it says which it has begun
+        self.seconds = math.inf         # that its last single tasks took
+        self.seen = 0                   # its position at the last look
 
     def given(self) -> int:
         n = 0
@@ -2847,7 +2852,9 @@ class DispatcherCore:
             self._count_ready(record)
         if unit.call is not None:
             unit.call.worked = unit.call.worked or not failed
-        elif unit.pace is not None and seconds:
+        elif unit.pace is None:
+            record.seconds = seconds or math.inf
+        elif seconds:
             unit.pace.measured(n, seconds)
         effects += self._go_on(daemon, record)
         return effects
@@ -3003,10 +3010,10 @@ class DispatcherCore:
 
     # -- daemons
 
-    def joined(self, daemon: int, slot: int | None = None, expected: bool = False) -> list[Any]:
+    def joined(self, daemon: int, slot: int | None = None, expected: bool = False, ahead: bool = False) -> list[Any]:
         """A daemon is there and ready; `slot`: the launch it came from, None where it was started elsewhere, `expected`
-        or by hand."""
-        record = self.daemons[daemon] = _DaemonRecord(slot)
+        or by hand. `ahead`: it says of each task when it is begun, where a kill leaves it."""
+        record = self.daemons[daemon] = _DaemonRecord(slot, ahead and not self.elastic)
         self.expected -= expected
         record.due = len(self.calls)
         self.cumulative += not record.due
@@ -3169,9 +3176,7 @@ class DispatcherCore:
             record.state = IDLE
             self.idle[daemon] = None
             return self._next()
-        if record.pieces[0].unit.pace is not None:
-            effects += self._prefetch(daemon, record)
-        return effects
+        return effects + self._prefetch(daemon, record)
 
     def _feed(self, daemon: int, record: _DaemonRecord) -> list[Any]:
         """Something for an idle daemon, if there is something."""
@@ -3184,16 +3189,34 @@ class DispatcherCore:
         return [] if head is None else self._give(daemon, record, self._grant(queue, head))
 
     def _prefetch(self, daemon: int, record: _DaemonRecord) -> list[Any]:
-        """One piece ahead, where items are short, so that the daemon need not wait for the next."""
+        """One piece ahead, or some tasks, where they are short, so that the daemon need not wait for the next."""
         queue = record.own if self.direct else self.queue
-        if len(record.pieces) != 1 or record.stopping or record.revoking or self.idle and not self.direct:
+        room = AHEAD // 2 if record.seconds < SHORT and record.ahead else 1
+        if len(record.pieces) > room or record.stopping or record.revoking or self.idle and not self.direct:
             return []
         head = _first_of(queue)
-        pace = head.unit.pace if head is not None else None
-        if head is None or pace is None or record.pieces[0].unit.pace is None or head.unit.epoch > record.epoch or (
-                pace.seconds is None or pace.seconds > CHUNK_TIME or head.back):     # which has waited behind another
+        if head is None or head.unit.epoch > record.epoch or head.back:     # which has waited behind another
+            return []
+        pace = head.unit.pace
+        if pace is None:
+            return self._give_ahead(daemon, record, queue) if room > 1 else []
+        if len(record.pieces) != 1 or record.pieces[0].unit.pace is None or (
+                pace.seconds is None or pace.seconds > CHUNK_TIME):
             return []
         return self._give(daemon, record, self._grant(queue, head))
+
+    def _give_ahead(self, daemon: int, record: _DaemonRecord, queue: deque[_Piece]) -> list[Any]:
+        """Single tasks, as long as all that it has are such."""
+        effects: list[Any] = []
+        while len(record.pieces) < AHEAD and record.pieces[-1].unit.pace is None and record.pieces[-1].unit.call is None:
+            head = _first_of(queue)
+            if head is None or head.unit.pace is not None or head.unit.epoch > record.epoch or head.back:
+                break
+            effects += self._give(daemon, record, queue.popleft())
+        if effects and not self.looking and not self.direct:
+            self.looking = True
+            effects.append(Look())
+        return effects
 
     def _grant(self, queue: deque[_Piece], head: _Piece) -> _Piece:
         """So much of the head of a queue as a daemon is to have: of the last piece, not what others could do now."""
@@ -3233,7 +3256,24 @@ class DispatcherCore:
     def look(self) -> list[Any]:
         """Some time after `Look`: who still has much left is slower than was thought."""
         self.looking = False
-        return self._steal(True) if self.idle and not self.direct else []
+        effects = self._free_ahead()
+        return effects + self._steal(True) if self.idle and not self.direct else effects
+
+    def _free_ahead(self) -> list[Any]:
+        """Takes back the single tasks that wait behind one that is not short, whether anybody idles or not."""
+        effects: list[Any] = []
+        for daemon in self.holders:
+            record = self.daemons[daemon]
+            if record.revoking or len(record.pieces) < 2 or record.pieces[-1].unit.pace is not None:
+                continue
+            if record.seen == record.position and record.state is BUSY:
+                record.seconds, record.revoking = math.inf, True
+                effects.append(Revoke(daemon, True))
+            record.seen = record.position
+            if not self.looking:
+                self.looking = True
+                effects.append(Look())
+        return effects
 
     def _steal(self, slow: bool = False) -> list[Any]:
         """For daemons that idle, half of what others have not begun; not what these will have done in no time."""
@@ -3248,9 +3288,10 @@ class DispatcherCore:
             if record.revoking or record.state is LEAVING or left < 1:
                 continue
             pace = record.pieces[-1].unit.pace
+            seconds = record.seconds if pace is None else pace.seconds
             if revoking >= len(self.idle):
                 continue
-            if not slow and pace is not None and pace.seconds is not None and left * pace.seconds < STEAL_AFTER:
+            if not slow and seconds is not None and left * seconds < STEAL_AFTER:
                 later = True
                 continue
             record.revoking = True
@@ -4378,6 +4419,7 @@ class _Peer:
         self.claimed = 0                                # the last position that it may have begun, without a page
         self.limit = 0                                  # the position of a take-back that is under way
         self.seen = 0                                   # what it had begun when that was last looked at
+        self.given = 0.0                                # when it was given the single task that it is at
         self.doomed: tuple[int, int] | None = None      # the task with which it is killed, should that go on for long
         self.events = selectors.EVENT_READ
         self.handle: Callable[[_Peer, Message], None] | None = None
@@ -4670,7 +4712,7 @@ class Dispatcher:
             peer.output = self.specs[peer.launch[0]]["options"].get("output", False)
         launcher = self.launchers.get(about.get("launch") or 0)
         expected = launcher is not None and launcher.joined < launcher.n
-        self._do(self.core.joined(peer.number, peer.launch and peer.launch[0], expected))
+        self._do(self.core.joined(peer.number, peer.launch and peer.launch[0], expected, peer.slot is not None))
         if launcher is not None and expected:
             launcher.joined += 1
             self._report_counts()       # the host is to know of it before it is told that this is all
@@ -4905,6 +4947,9 @@ class Dispatcher:
                 lo, n = lo + known, n - known
                 head = RESULTS_HEAD.pack(record.position, lo, n, seconds)
                 message = message._replace(payload=b"".join([head, *join_apart(outcomes)]))
+        else:
+            now = time.monotonic()
+            seconds, peer.given = now - peer.given, now
         self.outcome = message
         self._do(self.core.reported(peer.number, message.id, lo, n, seconds, message.flags == FAILED))
 
@@ -5004,7 +5049,10 @@ class Dispatcher:
             payload = RANGE.pack(effect.lo, effect.hi)
             self._post(peer, encode(Kind.RUN, effect.unit, payload, FRESH if effect.fresh else 0))
         else:
-            peer.claimed = self.core.daemons[effect.daemon].sent - 1
+            record = self.core.daemons[effect.daemon]
+            peer.claimed = record.sent - 1
+            if len(record.pieces) == 1:
+                peer.given = time.monotonic()
             self._send(peer, frame, FRESH if effect.fresh else 0)
 
     def _replay(self, effect: Any) -> None:
@@ -5079,7 +5127,8 @@ class Dispatcher:
         peer, record = self.peers.get(effect.daemon), self.core.daemons[effect.daemon]
         begun = record.position if peer is None or peer.slot is None else peer.slot.begun
         end = record.position + record.given()
-        if peer is None or begun >= end - 1 or not self._limit(peer, begun + 1 + (end - 1 - begun) // 2):
+        left = 0 if effect.all else (end - 1 - begun) // 2
+        if peer is None or begun >= end - 1 or not self._limit(peer, begun + 1 + left):
             self._do(self.core.returned(effect.daemon, end))
 
     def _limit(self, peer: _Peer, position: int) -> bool:

@@ -5708,7 +5708,7 @@ class World:
     def enter(self, slot, paged, maxtasks=math.inf):
         self.joins += 1
         self.daemons[self.joins] = Played(self.joins, slot, paged, maxtasks)
-        self.event("joined", self.joins, slot)
+        self.event("joined", self.joins, slot, False, paged)
 
     def work(self, which, how):
         daemon = self.pick_daemon(which, lambda d: not d.over and (d.piece or d.inbox))
@@ -5879,7 +5879,7 @@ class World:
         if self.interrupts:
             self.interrupt(self.interrupts.pop(which % len(self.interrupts)))
 
-    def revoke(self, number):
+    def revoke(self, number, all):
         daemon = self.daemons[number]
         assert daemon.given and not self.core.direct, f"daemon {number} has nothing that could be taken back"
         begun = daemon.begun if daemon.paged else min(daemon.given)
@@ -5887,7 +5887,7 @@ class World:
         if begun >= end - 1:
             self.take_back(daemon, "returned", end)
         else:
-            self.limit(daemon, begun + 1 + (end - 1 - begun) // 2)
+            self.limit(daemon, begun + 1 + (0 if all else (end - 1 - begun) // 2))
 
     def limit(self, daemon, position):
         if daemon.limited and daemon.limited <= position:
@@ -5988,7 +5988,7 @@ class World:
             elif kind is Launch:
                 self.launched(effect.slot)
             elif kind is Revoke:
-                revokes.append(effect.daemon)
+                revokes.append((effect.daemon, effect.all))
             elif kind is mirai.Look:
                 assert not self.looks, "it looks twice"
                 self.looks = 1
@@ -6016,7 +6016,7 @@ class World:
                 if not self.todo:
                     break
                 assert count < 100, "what has nothing to give is asked for it again and again"
-                self.revoke(self.todo[0])
+                self.revoke(*self.todo[0])
                 self.todo.popleft()
 
     def assigned(self, number, unit, lo, hi, fresh):
@@ -6071,8 +6071,10 @@ class World:
         assert daemon.reason is None, f"{unit} goes to daemon {number}, which is leaving"
         assert daemon.owed is None, f"daemon {number} is given {unit}, and has not run its call"
         assert fresh == daemon.fresh, f"daemon {number} had {'' if daemon.fresh else 'not '}stopped"
-        assert is_map and all(task[0] in self.maps for task in daemon.given.values()) or not daemon.given, \
-            f"daemon {number} is given {unit} beside {daemon.given}"
+        single = not is_map and unit not in self.called
+        assert not daemon.given or is_map and all(task[0] in self.maps for task in daemon.given.values()) or (
+            daemon.paged and single and not any(task[0] in self.maps or task[0] in self.called for task in daemon.given.values())
+            and len(daemon.given) < mirai.AHEAD), f"daemon {number} is given {unit} beside {daemon.given}"
         daemon.fresh = False
         for index in range(lo, hi):
             daemon.given[daemon.sent] = unit, index
@@ -6523,6 +6525,48 @@ class TestCore(Case):
         core.submitted(20)
         self.assertEqual(core.returned(1, 5), [])
         self.assertEqual(core.joined(2), [Assign(2, 10, 4, 8, False)])
+
+    def ahead(self, n=20):
+        """A core whose paged daemon 1 has answered the first of n tasks in no time."""
+        core = mirai.DispatcherCore()
+        core.joined(1, None, False, True)
+        for task in range(1, n + 1):
+            core.submitted(task)
+        return core, core.reported(1, 1, 0, 1, mirai.SHORT / 2)
+
+    def test_short_tasks_are_given_ahead(self):
+        core, effects = self.ahead()
+        given = range(2, 2 + mirai.AHEAD)
+        self.assertEqual(effects, [Resolve(1, 0, 1, RESULT), *(Assign(1, task, 0, 1, False) for task in given), mirai.Look()])
+        self.assertEqual(core.counts()[2:4], (18, 1))
+        for task in given[:3]:
+            self.assertEqual(core.reported(1, task, 0, 1, mirai.SHORT / 2), [Resolve(task, 0, 1, RESULT)])     # not one by one
+        refill = core.reported(1, given[3], 0, 1, mirai.SHORT / 2)
+        self.assertEqual(refill[1:], [Assign(1, task, 0, 1, False) for task in range(10, 14)])
+        self.assertEqual(core.reported(1, given[4], 0, 1, mirai.SHORT * 2), [Resolve(given[4], 0, 1, RESULT)])
+
+    def test_tasks_that_wait_behind_one_that_is_not_short_are_taken_back(self):
+        core, _ = self.ahead()
+        self.assertEqual(core.look(), [mirai.Look()])       # it may have begun only now
+        self.assertEqual(core.look(), [Revoke(1, True), mirai.Look()])
+        self.assertEqual(core.look(), [])
+        self.assertEqual(core.returned(1, 3), [])
+        self.assertEqual(core.joined(2, None, False, True), [Assign(2, 3, 0, 1, False)])        # the oldest, at once
+        self.assertEqual(core.reported(1, 2, 0, 1, 1.0), [Resolve(2, 0, 1, RESULT)])
+        self.assertEqual(core.has_stopped(1, 3), [Assign(1, 4, 0, 1, True)])
+
+    def test_of_tasks_given_ahead_a_daemon_that_ends_costs_the_one_it_had_begun(self):
+        core, _ = self.ahead()
+        effects = core.lost(1, 2)
+        self.assertEqual(effects, [Resolve(2, 0, 1, RESET)])
+        self.assertEqual(core.joined(2), [Assign(2, 3, 0, 1, False)])
+
+    def test_nothing_is_given_ahead_to_those_who_do_not_say_what_they_begin_or_end_after_each_task(self):
+        for core, daemon in ((mirai.DispatcherCore(), (1,)), (mirai.DispatcherCore(elastic=True), (1, None, False, True))):
+            core.joined(*daemon)
+            for task in range(1, 9):
+                core.submitted(task)
+            self.assertEqual(core.reported(1, 1, 0, 1, 0.0001), [Resolve(1, 0, 1, RESULT), Assign(1, 2, 0, 1, False)])
 
     def test_what_was_taken_back_waits_behind_no_other_daemons_items(self):
         core = self.holding(8)
@@ -7190,7 +7234,7 @@ PLANTED = [
     (Forgetful, 16, "has_stopped.*had stopped"),
     (Unprepared, 6, "everywhere.*a daemon idles beside a call"),
     (Hoarding, 6, "submitted.*unit 1 is miscounted"),
-    (Stubborn, 18, r"returned.*Revoke\(daemon=\d+\)"),
+    (Stubborn, 18, r"returned.*Revoke\(daemon=\d+, all=False\)"),
 ]
 
 
