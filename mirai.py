@@ -48,7 +48,8 @@ Contents (a section knows those above it, never one below):
     15. Link: the host's end of the wire
     16. Profiles: daemons, status, the current profile
     17. mirai, map, collect: the verbs
-    18. Command line: daemon, demo
+    18. Integrations: what others call parallelism by
+    19. Command line: daemon, demo
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ else:
 __version__ = "0.1.0"
 __all__ = [
     "ErrorValue", "LaunchError", "Mirai", "MiraiCancelled", "MiraiConnectionReset", "MiraiError", "MiraiInterrupt",
-    "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "cluster_config", "collect_mirai", "daemon", "daemons",
+    "MiraiExecutor", "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "cluster_config", "collect_mirai", "daemon", "daemons",
     "daemons_set", "dumps", "everywhere", "host_url", "http_config", "info", "is_error_value", "is_mirai",
     "is_mirai_error", "is_mirai_interrupt", "is_mirai_map", "launch_local", "launch_remote", "loads",
     "local_daemons", "local_url", "mirai", "mirai_map", "nextcode", "nextget", "nextstream", "on_daemon",
@@ -469,7 +470,7 @@ class Kind:
     # daemon -> dispatcher -> host
     RESULT = 20             # id; payload: a serialized outcome; flags: FAILED
     LEAVE = 21              # daemon -> dispatcher: flags: why; id: the position of the last task it may have begun
-    LOST = 22               # dispatcher -> host: id: of the unit; payload JSON {launch, text, lo, hi}
+    LOST = 22               # dispatcher -> host: id: of the unit; payload JSON {how, text, lo, hi}
     COUNTS = 23             # dispatcher -> host: payload struct COUNTS
     NO_LAUNCH = 24          # dispatcher -> host: payload JSON {text}: launching has stopped
     RESULTS = 25            # id: of the unit; payload: RESULTS_HEAD, outcomes
@@ -489,12 +490,14 @@ class Kind:
     NOTICE = 38             # dispatcher -> host: payload JSON {text}: for the log
     WANT = 39               # daemon -> dispatcher -> host: payload JSON, see `provide()`; id: the request
     GIVE = 40               # host -> dispatcher -> daemon: the same id; payload: GIVEN, what it is, or MISSING, why
+    WITHDRAW = 41           # host -> dispatcher: payload: ids of tasks that are to be cancelled if they still wait
 
 
 HEADER = struct.Struct("<QBBHQ")    # payload length, wire version, kind, flags, id
 NEEDS = struct.Struct("<I")         # how many hashes stand before it
 COUNTS = struct.Struct("<QQQQQ")    # connections, cumulative, awaiting, executing, completed
 RANGE = struct.Struct("<II")        # from the first to before the second
+ID = struct.Struct("<Q")
 UNIT_HEAD = struct.Struct("<IQ")    # how many tasks, and the map that they are of
 RESULTS_HEAD = struct.Struct("<QIId")   # position and index of the first, how many, seconds; then the outcomes, apart
 KIND_AT = 9                         # of a frame's bytes, the kind
@@ -2621,13 +2624,13 @@ Replay = collections.namedtuple("Replay", "daemon unit fresh")          # have i
 Interrupt = collections.namedtuple("Interrupt", "daemon unit lo hi")    # have it drop what it runs or has of these
 Revoke = collections.namedtuple("Revoke", "daemon all", defaults=(False,))     # take back half of what it has not begun
 Look = collections.namedtuple("Look", "")                       # call `look()` in STEAL_AFTER seconds
-Resolve = collections.namedtuple("Resolve", "unit lo hi how")   # how: RESULT (the daemon's), RESET, LAUNCH
+Resolve = collections.namedtuple("Resolve", "unit lo hi how")   # how: RESULT (the daemon's), or another
 Sized = collections.namedtuple("Sized", "unit n")               # tell the host how many answers there will be
 Launch = collections.namedtuple("Launch", "slot")               # start a local daemon
 StopLaunching = collections.namedtuple("StopLaunching", "")     # tell the host that it was given up
 Drop = collections.namedtuple("Drop", "daemon why")             # end a connection whose peer is at fault
 
-RESULT, RESET, LAUNCH = "result", "reset", "launch"
+RESULT, RESET, LAUNCH, WITHDRAWN = "result", "reset", "launch", "withdrawn"
 IDLE, BUSY, LEAVING = "idle", "busy", "leaving"
 LAUNCHING, READY, RESTING = "launching", "ready", "resting"
 DIED, IDLETIME, WALLTIME, MAXTASKS = 0, 1, 2, 3     # why a daemon ended; also `daemon()`'s value and exit status
@@ -2824,6 +2827,16 @@ class DispatcherCore:
             unit.call.open = 0
         self._complete(unit, new)
         return effects
+
+    def withdrawn(self, id: int) -> list[Any]:
+        """A single task that is to be cancelled if it waits in a queue."""
+        unit = self.units.get(id)
+        if unit is None or unit.n > 1 or unit.call is not None or any(
+                piece.unit is unit for daemon in unit.holders if daemon in self.daemons
+                for piece in self.daemons[daemon].pieces):
+            return []
+        self.queued -= 1
+        return self._reset(unit, 0, WITHDRAWN)
 
     def reported(self, daemon: int, id: int, lo: int, n: int = 1, seconds: float = 0.0,
                  failed: bool = False) -> list[Any]:
@@ -4842,6 +4855,9 @@ class Dispatcher:
         elif kind == Kind.CANCEL:
             self._do(self.core.cancelled(id, *RANGE.unpack(payload)))
             self._release(id)
+        elif kind == Kind.WITHDRAW:
+            for (task,) in ID.iter_unpack(payload):
+                self._do(self.core.withdrawn(task))
         elif kind == Kind.EVERYWHERE:
             self.frames[id] = encode(kind, id, payload)
             self._do(self.core.everywhere(id, flags))
@@ -5166,9 +5182,8 @@ class Dispatcher:
         unit, lo, hi, how = effect
         assert self.host is not None
         if how is not RESULT:
-            launch = how is LAUNCH
-            text = self._launch_text() if launch else self.why
-            self._post(self.host, encode_json(Kind.LOST, {"launch": launch, "text": text, "lo": lo, "hi": hi}, unit))
+            text = self._launch_text() if how is LAUNCH else "cancelled" if how is WITHDRAWN else self.why
+            self._post(self.host, encode_json(Kind.LOST, {"how": how, "text": text, "lo": lo, "hi": hi}, unit))
         elif self.outcome is not None:
             kind, _, _, payload = self.outcome
             if kind == Kind.RESULT and self._is_call(unit):
@@ -7469,6 +7484,9 @@ def _log(text: str) -> None:
     logging.getLogger("mirai").warning("%s", text)
 
 
+_LOST_AS: dict[str, Any] = {LAUNCH: LaunchError, RESET: MiraiConnectionReset, WITHDRAWN: MiraiCancelled}
+
+
 class Link:
     """The host's end of its connection to a dispatcher. `describe_end` says how that ended, when it has. `capacity`:
     how many bytes of tasks may be under way."""
@@ -7635,6 +7653,11 @@ class Link:
                 self._end()
                 raise MiraiConnectionReset(self.closed) from None
 
+    def withdraw(self, mirais: Iterable[Mirai]) -> None:
+        """Cancels those that no daemon has been given yet."""
+        with contextlib.suppress(MiraiConnectionReset):
+            self._send(encode(Kind.WITHDRAW, payload=b"".join([ID.pack(m.id) for m in mirais])))
+
     def hold(self, call: Block, needs: Mapping[bytes, Any]) -> None:
         """Definitions that are to stay: daemons to come will need them."""
         with self.lock:
@@ -7718,7 +7741,7 @@ class Link:
             m.resize(RANGE.unpack(message.payload)[1])
         elif kind == Kind.LOST and m is not None:
             report = decode_json(message)
-            error = LaunchError if report["launch"] else MiraiConnectionReset
+            error = _LOST_AS[report["how"]]
             if isinstance(m, Block):
                 self._resolve_items(m, report["lo"], [error(report["text"]) for _ in range(report["lo"], report["hi"])])
             else:
@@ -8274,6 +8297,9 @@ class _HereLink:
             if outermost:
                 set_held(outer)
             surroundings.restore()
+
+    def withdraw(self, mirais: Iterable[Mirai]) -> None:
+        """Nothing waits."""
 
     def hold(self, call: Block, needs: Mapping[bytes, Any]) -> None:
         """No daemons are to come."""
@@ -8842,7 +8868,11 @@ def try_mirai(f: Callable[..., Any] | str, /, *args: Any, _timeout: float | None
 def _submit(f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None, retries: int,
             compute: str | None, wait: bool) -> Mirai | None:
     _check_task(f, args, kwargs, timeout, retries)
-    profile = _find(compute) or _ephemeral_profile()
+    return _submit_task(_find(compute) or _ephemeral_profile(), f, args, kwargs, timeout, retries, wait)
+
+
+def _submit_task(profile: Any, f: Any, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None,
+                 retries: int, wait: bool) -> Mirai | None:
     task = dump_task(f, args, kwargs, profile.changed_path(), profile.hooks)
     m = Mirai(_take_ids(1), profile.link)
     stream = profile.next_stream()
@@ -9557,7 +9587,178 @@ def _clock(seconds: float) -> str:
 
 
 # ======================================================================
-# 18. Command line: daemon, demo
+# 18. Integrations: what others call parallelism by
+# ======================================================================
+# Knows:  the verbs.
+# Never:  what only they need; nothing here is imported before it is used.
+
+_executors: Any = weakref.WeakSet()
+_broken_text = "the initializer failed on every daemon, so that none is fit for a task"
+
+
+class MiraiExecutor(concurrent.futures.Executor):
+    """Daemons behind the standard library's interface: for `loop.run_in_executor()`, and whatever takes an executor.
+
+        >>> from mirai import MiraiExecutor
+        >>> with MiraiExecutor(2) as executor:
+        ...     list(executor.map(abs, [-1, -2, 3]))
+        [1, 2, 3]
+
+    max_workers: how many local daemons, by default as many as there are CPUs. initializer, initargs: called on every
+    daemon, those to come included, before its first task. compute: a profile that is set already, which is used and
+    not reset; no other argument may be given then. daemon_options: as for `daemons()`, `url` and `remote` among them.
+
+    Futures are mirais: functions and classes go by value, tasks that run can be cancelled, and only the task whose
+    daemon died fails, as a MiraiConnectionReset. The interpreter waits at its end for what was submitted, as it does
+    for the standard library's; `mirai()` does not. Raises ValueError where `max_workers` is not above 0, otherwise as
+    `daemons()`; `submit()` and `map()` raise RuntimeError after `shutdown()`, and BrokenExecutor where the initializer
+    failed.
+    """
+
+    def __init__(self, max_workers: int | None = None, *, initializer: Callable[..., object] | None = None,
+                 initargs: tuple[Any, ...] = (), compute: str | None = None, **daemon_options: Any) -> None:
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if compute is not None and (max_workers is not None or daemon_options):
+            raise ValueError(f"the profile {compute!r} has the daemons that it has: set them with daemons()")
+        self._own = compute is None
+        self._name = f"executor {os.urandom(6).hex()}" if compute is None else compute
+        self._lock = threading.RLock()
+        self._closed = self._broken = False
+        self._futures: Any = weakref.WeakSet()      # those that have not resolved are held by their link
+        if self._own:
+            if "remote" not in daemon_options:
+                max_workers = max_workers or cpu_count()
+            daemon_options.setdefault("output", True)       # as with processes that share the host's stdout
+            daemons(*() if max_workers is None else (max_workers,), compute=self._name, **daemon_options)
+        else:
+            require_daemons(compute)
+        self._profile = _find(self._name)
+        self._init = None if initializer is None else everywhere(initializer, *initargs, _compute=self._name)
+        _await_executors()
+        _executors.add(self)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Mirai:
+        """`fn(*args, **kwargs)` on a daemon: a Mirai, at once. All keywords are the function's. Raises as `mirai()`."""
+        if not callable(fn):
+            raise TypeError(f"can't call {fn!r}")
+        with self._lock:
+            self._check()
+            m = _submit_task(self._profile, fn, args, kwargs, None, 0, True)
+            assert m is not None
+            self._futures.add(m)
+            return m
+
+    def _check(self) -> None:
+        if self._init is not None:
+            outcomes, self._init = self._init[:], None          # waits for it: nothing can run before
+            for error in filter(is_error_value, outcomes):
+                _futures.LOGGER.critical("Exception in initializer:\n%s", getattr(error, "stack_trace", error))
+            self._broken = all(map(is_error_value, outcomes))
+        if self._broken:
+            raise concurrent.futures.BrokenExecutor(_broken_text)
+        if self._closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if _ending:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
+            buffersize: int | None = None) -> Iterator[Any]:
+        """The results of `fn(*items)`, in order, as they come; the first failure is raised in its place, and what is
+        left is cancelled. timeout: seconds from the call, TimeoutError after them. chunksize: is found out, whatever is
+        said. buffersize: how many items are taken ahead of whoever consumes; None: all, at once."""
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None and (isinstance(buffersize, bool) or not isinstance(buffersize, int)):
+            raise TypeError("buffersize must be an integer or None")
+        if buffersize is not None and buffersize < 1:
+            raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        rows = zip(*iterables)
+        if buffersize is not None:
+            return self._window(fn, rows, buffersize, deadline)
+        with self._lock:
+            self._check()
+            mp = mirai_map(list(rows), fn, _star=True, _compute=self._name)
+        return self._drain(mp._feed, deadline)
+
+    def _drain(self, feed: Any, deadline: float | None) -> Iterator[Any]:
+        """Keeps no value that was handed out."""
+        try:
+            for block in feed.blocks:
+                for index in range(len(block)):
+                    if not feed.link.wait_for(lambda: block.outcomes[index] is not None, deadline):     # noqa: B023
+                        raise concurrent.futures.TimeoutError
+                    yield self._taken(block, index)
+        finally:
+            for block in feed.blocks:
+                feed.link.cancel_items(block, 0, len(block), MiraiCancelled("cancelled"))
+
+    @staticmethod
+    def _taken(block: Block, index: int) -> Any:
+        value, failed = block.look(index)
+        if failed:
+            block.mirai(index).result()
+        block.outcomes[index] = (None, False)
+        return value
+
+    def _window(self, fn: Callable[..., Any], rows: Iterator[Any], size: int, deadline: float | None) -> Iterator[Any]:
+        futures = deque(self.submit(fn, *row) for row in itertools.islice(rows, size))
+
+        def results() -> Iterator[Any]:
+            try:
+                while futures:
+                    futures[0].result(None if deadline is None else deadline - time.monotonic())
+                    for row in itertools.islice(rows, 1):
+                        futures.append(self.submit(fn, *row))
+                    yield futures.popleft().result()
+            finally:
+                for m in futures:
+                    m.cancel()
+        return results()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Takes no more tasks, and ends its daemons once those submitted are done; `wait`: returns after that.
+        cancel_futures: those that no daemon has been given are cancelled, those that run are not."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+            if cancel_futures:
+                self._profile.link.withdraw([m for m in self._futures if not m.done()])
+        if wait:
+            self._finish()
+        elif first and self._own:
+            threading.Thread(target=self._finish, name="mirai-executor", daemon=True).start()
+
+    def _finish(self) -> None:
+        link = self._profile.link
+        link.wait_for(lambda: all(m.done() for m in self._futures) and not (self._own and link.unresolved()), None)
+        with self._lock:
+            if self._own and _find(self._name) is self._profile:
+                daemons(0, compute=self._name)
+        _executors.discard(self)
+
+
+_ending = False
+
+
+@functools.cache
+def _await_executors() -> None:
+    """Has the interpreter wait for them at its end, before it ends threads and calls what `atexit` has."""
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(_finish_executors)
+
+
+def _finish_executors() -> None:
+    global _ending
+    _ending = True
+    for executor in list(_executors):
+        executor.shutdown()
+
+
+# ======================================================================
+# 19. Command line: daemon, demo
 # ======================================================================
 # Knows:  all of the above.
 # Never:  anything that a caller of the module could not do as well.
