@@ -9593,6 +9593,7 @@ def _clock(seconds: float) -> str:
 # Never:  what only they need; nothing here is imported before it is used.
 
 _executors: Any = weakref.WeakSet()
+_executors_own: dict[str, Any] = {}        # profiles of executors, until they have been ended
 _broken_text = "the initializer failed on every daemon, so that none is fit for a task"
 
 
@@ -9636,6 +9637,9 @@ class MiraiExecutor(concurrent.futures.Executor):
         else:
             require_daemons(compute)
         self._profile = _find(self._name)
+        if self._own:       # one that is just dropped ends as after `shutdown(wait=False)`
+            _executors_own[self._name] = self._profile
+            weakref.finalize(self, _end_profile_later, self._name, self._profile).atexit = False
         self._init = None if initializer is None else everywhere(initializer, *initargs, _compute=self._name)
         _await_executors()
         _executors.add(self)
@@ -9729,15 +9733,26 @@ class MiraiExecutor(concurrent.futures.Executor):
         if wait:
             self._finish()
         elif first and self._own:
-            threading.Thread(target=self._finish, name="mirai-executor", daemon=True).start()
+            _end_profile_later(self._name, self._profile)
 
     def _finish(self) -> None:
-        link = self._profile.link
-        link.wait_for(lambda: all(m.done() for m in self._futures) and not (self._own and link.unresolved()), None)
-        with self._lock:
-            if self._own and _find(self._name) is self._profile:
-                daemons(0, compute=self._name)
-        _executors.discard(self)
+        self._profile.link.wait_for(lambda: all(m.done() for m in self._futures), None)
+        if self._own:
+            _end_profile(self._name, self._profile)
+
+
+def _end_profile(name: str, profile: Any) -> None:
+    """After what it has to do."""
+    profile.link.wait_for(lambda: not profile.link.unresolved(), None)
+    with _setting:
+        if _find(name) is profile:
+            daemons(0, compute=name)
+    _executors_own.pop(name, None)
+
+
+def _end_profile_later(name: str, profile: Any) -> None:
+    if name in _executors_own:
+        threading.Thread(target=_end_profile, args=(name, profile), name="mirai-executor", daemon=True).start()
 
 
 _ending = False
@@ -9755,6 +9770,8 @@ def _finish_executors() -> None:
     _ending = True
     for executor in list(_executors):
         executor.shutdown()
+    for name, profile in list(_executors_own.items()):
+        _end_profile(name, profile)
 
 
 # ======================================================================

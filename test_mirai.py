@@ -20325,6 +20325,15 @@ class TestIntegrations(Case):
         with self.assertRaisesRegex(RuntimeError, "no daemons are set"):
             mirai.MiraiExecutor(compute="theirs")
 
+    def test_an_executor_that_is_dropped_finishes_and_ends_its_daemons(self):
+        executor = mirai.MiraiExecutor(2)
+        pid = executor.submit(os.getpid).result(LONG)
+        ms = [executor.submit(abs, -i) for i in range(100)]
+        del executor
+        gc.collect()
+        self.assertEqual([m.result(LONG) for m in ms], list(range(100)))
+        wait_until(lambda: not is_alive(pid) and not mirai._profiles, SOON)
+
     def test_a_daemon_that_dies_costs_its_task_and_no_executor(self):
         with mirai.MiraiExecutor(2, initializer=_mark_daemon, initargs=(5,)) as executor:
             with self.assertRaises(MiraiConnectionReset):
