@@ -9209,6 +9209,10 @@ class MiraiMap(collections.abc.Sequence):       # type: ignore[type-arg]
             raise TypeError("how many items a generator gives is known when it ends")
         return self._count()
 
+    def __bool__(self) -> bool:
+        """Whether there are items, or may be."""
+        return not self._feed.exhausted or self._count() > 0
+
     def _count(self) -> int:
         return self._feed.gone + sum([len(block) for block in self._feed.blocks])     # type: ignore[no-any-return]
 

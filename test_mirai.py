@@ -18190,6 +18190,8 @@ class TestMaps(Case):
                 return self.n
         with daemons(1):
             mp, found, interrupts = mirai_map(Counting(), operator.neg), None, 0
+            self.assertTrue(mp)         # its length is not known
+            self.assertFalse(mirai_map([], abs))
             while found is None:
                 try:
                     found = mp[:]
