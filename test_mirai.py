@@ -9238,7 +9238,7 @@ class TestDispatcher(Case):
         message = host.hear()
         self.expect(message, self.K.LOST, 1)
         report = mirai.decode_json(message)
-        self.assertFalse(report["launch"])
+        self.assertEqual(report["how"], RESET)
         self.assertIn(f"daemon {os.getpid()} on ", report["text"])
         for task, then in ((2, 3), (3, None)):
             other.say(self.K.RESULT, task)
@@ -9494,7 +9494,7 @@ class TestDispatcher(Case):
             report = mirai.decode_json(message)
             self.assertRegex(report["text"], "(?s)5 in a row.*exited with status 1.*words 4")
             if message.kind == self.K.LOST:
-                self.assertEqual((message.id, report["launch"]), (1, True))
+                self.assertEqual((message.id, report["how"]), (1, LAUNCH))
         self.ended(shell, launch, 1)            # a report that is repeated starts nothing
         launch, = self.launched(shell, host)    # it may be asked anew
         host.say(self.K.TASK, 2)
