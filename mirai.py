@@ -114,9 +114,9 @@ else:
 __version__ = "0.1.0"
 __all__ = [
     "ErrorValue", "LaunchError", "Mirai", "MiraiCancelled", "MiraiConnectionReset", "MiraiError", "MiraiInterrupt",
-    "MiraiExecutor", "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "cluster_config", "collect_mirai", "daemon", "daemons",
-    "daemons_set", "dumps", "everywhere", "host_url", "http_config", "info", "is_error_value", "is_mirai",
-    "is_mirai_error", "is_mirai_interrupt", "is_mirai_map", "launch_local", "launch_remote", "loads",
+    "MiraiExecutor", "MiraiMap", "MiraiTimeout", "UNRESOLVED", "call_mirai", "cluster_config", "collect_mirai",
+    "daemon", "daemons", "daemons_set", "dumps", "everywhere", "host_url", "http_config", "info", "is_error_value",
+    "is_mirai", "is_mirai_error", "is_mirai_interrupt", "is_mirai_map", "launch_local", "launch_remote", "loads",
     "local_daemons", "local_url", "mirai", "mirai_map", "nextcode", "nextget", "nextstream", "on_daemon",
     "race_mirai", "register_serial", "remote_config", "require_daemons", "serial_config", "ssh_config", "status",
     "stop_mirai", "try_mirai", "unresolved", "with_daemons",
@@ -2609,8 +2609,8 @@ def _load_failure(message: str, classes: list[str], trace: str, attributes: dict
 #         A task put back (its daemon ended before it began, or it has retries left) goes to the head.
 #         `direct`: each daemon has a queue of its own instead, and they take turns.
 # Rule 3. A daemon is given one task (AHEAD, where they are SHORT), or pieces of units for some CHUNK_TIME, and stays
-#         busy until it has answered them, cancelled or not. What it has not begun can be taken back: items are counted (positions), it is told
-#         from which on to begin none (Revoke), and it is idle once it has said that it stopped there.
+#         busy until it has answered them, cancelled or not. What it has not begun can be taken back: all is counted
+#         (positions), it is told from which on to begin none (Revoke), and is idle once it says that it stopped there.
 # Rule 4. A slot is a local daemon that should be: off -> launching -> ready -> (ended) launching, or resting.
 #         A resting slot is launched when tasks wait that no coming daemon will take.
 # Rule 5. MAX_FAILED_STARTS launches that end before they are ready (or before they begin the first task they are
@@ -2710,7 +2710,7 @@ class _Call:
 
 
 class _Piece:
-    """Tasks of a unit from `lo` to before `hi`, awaiting or given to a daemon; `back`: they were taken back from one."""
+    """Tasks of a unit from `lo` to before `hi`, awaiting or given to a daemon; `back`: taken back from one."""
 
     __slots__ = ("unit", "lo", "hi", "retries", "back")
 
@@ -3221,7 +3221,8 @@ class DispatcherCore:
     def _give_ahead(self, daemon: int, record: _DaemonRecord, queue: deque[_Piece]) -> list[Any]:
         """Single tasks, as long as all that it has are such."""
         effects: list[Any] = []
-        while len(record.pieces) < AHEAD and record.pieces[-1].unit.pace is None and record.pieces[-1].unit.call is None:
+        last = record.pieces[-1].unit
+        while len(record.pieces) < AHEAD and last.pace is None and last.call is None:       # which holds for those given
             head = _first_of(queue)
             if head is None or head.unit.pace is not None or head.unit.epoch > record.epoch or head.back:
                 break
@@ -9120,7 +9121,8 @@ class _MapFeed(_Feed):
             under_way, ahead = self.under_way(), self.total - wanted
             waits = ahead < 8 * self.window and self._waits(wanted)     # for the daemons, so these are to have enough
             ahead = under_way if waits else max(ahead, under_way)
-            if ahead > self.window * (0.75 if waits else 0.5) or sum([block.size for block in self.active]) > WINDOW_BYTES:
+            most = self.window * (0.75 if waits else 0.5)
+            if ahead > most or sum([block.size for block in self.active]) > WINDOW_BYTES:
                 return
             now = time.monotonic()
             if not under_way and now - self.pulled < WINDOW_TIME:       # daemons idle, though consumption is fast
