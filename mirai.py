@@ -3222,7 +3222,7 @@ class DispatcherCore:
         """Single tasks, as long as all that it has are such."""
         effects: list[Any] = []
         last = record.pieces[-1].unit
-        while len(record.pieces) < AHEAD and last.pace is None and last.call is None:       # which holds for those given
+        while len(record.pieces) < AHEAD and last.pace is None and last.call is None:       # as are those given here
             head = _first_of(queue)
             if head is None or head.unit.pace is not None or head.unit.epoch > record.epoch or head.back:
                 break
