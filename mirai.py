@@ -4168,7 +4168,8 @@ def _dial_once(addresses: Sequence[Address], key: bytes, role: str, about: Mappi
     for kind in (Crowded, Refused):
         if any(isinstance(error, kind) for _, error in errors):
             raise kind(text)
-    raise OSError(errno.EHOSTUNREACH, text)
+    cut = any(isinstance(error, (ConnectionResetError, BrokenPipeError)) for _, error in errors)
+    raise ConnectionResetError(errno.ECONNRESET, text) if cut else OSError(errno.EHOSTUNREACH, text)
 
 
 def _connected(addresses: Sequence[Address], deadline: float, errors: list[tuple[Address, Exception]]) -> Iterator[
@@ -9651,7 +9652,8 @@ class MiraiExecutor(concurrent.futures.Executor):
         _executors.add(self)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Mirai:
-        """`fn(*args, **kwargs)` on a daemon: a Mirai, at once. All keywords are the function's. Raises as `mirai()`."""
+        """`fn(*args, **kwargs)` on a daemon: a Mirai, at once; only the first waits, until the initializer has run.
+        All keywords are the function's. Raises as `mirai()`."""
         if not callable(fn):
             raise TypeError(f"can't call {fn!r}")
         with self._lock:
@@ -9704,7 +9706,8 @@ class MiraiExecutor(concurrent.futures.Executor):
                     yield self._taken(block, index)
         finally:
             for block in feed.blocks:
-                feed.link.cancel_items(block, 0, len(block), MiraiCancelled("cancelled"))
+                if block.left:
+                    feed.link.cancel_items(block, 0, len(block), MiraiCancelled("cancelled"))
 
     @staticmethod
     def _taken(block: Block, index: int) -> Any:
@@ -9742,9 +9745,10 @@ class MiraiExecutor(concurrent.futures.Executor):
             _end_profile_later(self._name, self._profile)
 
     def _finish(self) -> None:
-        self._profile.link.wait_for(lambda: all(m.done() for m in self._futures), None)
         if self._own:
             _end_profile(self._name, self._profile)
+        for m in list(self._futures):       # one by one: to look at all with each message is quadratic
+            self._profile.link.wait(m, None)
 
 
 def _end_profile(name: str, profile: Any) -> None:
